@@ -89,9 +89,10 @@ class ModelNotFound(LlameshError):
 
 
 class MethodNotAllowed(LlameshError):
-    """The path exists, the method doesn't."""
+    """The path exists, the method doesn't. `allowed`: the value of the Allow header."""
 
     status, type = 405, "method_not_allowed"
+    allowed = ""
 
 
 class RequestTimeout(LlameshError):

@@ -10,7 +10,6 @@ Anything else that moves bytes (an encrypted peer link) offers the same four nam
 
 from __future__ import annotations
 
-import contextlib
 import socket
 from typing import Protocol
 
@@ -92,20 +91,10 @@ class SocketTransport:
             trio.lowlevel.notify_closing(self.sock)
             self.sock.close()
 
-    def reset(self) -> None:
-        """Close with a TCP reset, so that the reader can't take the cut for a clean end."""
-        with contextlib.suppress(OSError):
-            self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _LINGER_ZERO)
-        self.close()
-
     def detach(self) -> socket.socket:
         """Give the socket away (to another lane); this object is closed afterwards."""
         self.closed = True
         return self.sock
-
-
-# struct linger {on = 1, seconds = 0}: two C ints on Linux and macOS.
-_LINGER_ZERO = (1).to_bytes(4, "little") + (0).to_bytes(4, "little")
 
 
 async def connect(host: str, port: int) -> SocketTransport:

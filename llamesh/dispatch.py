@@ -1,0 +1,381 @@
+"""Every wait of a request before an upstream is chosen: the queue, the start of an instance, the turn.
+
+    ask = Ask(profile, request_id=..., streams=True)
+    lease = dispatch.take(ask)                   # a slot is free and nobody waits: no await at all
+    if lease is None:
+        with dispatch.join(ask) as ticket:       # a place in the queue; raises QueueFull, Draining, ...
+            lease = await ticket.wait()          # raises QueueTimeout, SpawnFailed, NoCapacity
+    ...
+    lease.release()
+
+One queue per profile, first come, first served. Whenever something changes, `_settle` decides
+for the head of the queue, carries that out and goes on with the next head: synchronous from the
+look to the deed, so there is no state between them that anyone could see or be cancelled in.
+A ticket that leaves its `with` block without having handed over its lease gives it back. Across
+profiles, when room for instances is short, the queue whose head has waited longest is asked first.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+from types import TracebackType
+
+import trio
+
+from llamesh.config.cookbook import Profile
+from llamesh.config.settings import Settings
+from llamesh.core.lifecycle import State
+from llamesh.core.placement import Refuse, Serve, Spawn, Wait, choose, place
+from llamesh.errors import Draining, LlameshError, NoCapacity, QueueFull, QueueTimeout, SpawnFailed
+from llamesh.local.instance import Instance
+from llamesh.local.launch import BadArguments
+from llamesh.local.pool import MAX_TRIES, Pool
+from llamesh.local.ports import NoFreePort
+from llamesh.net.exchange import UpstreamConnection
+from llamesh.telemetry.learned import LearnedValues
+from llamesh.telemetry.logs import get_logger
+
+log = get_logger("dispatch")
+
+# While the awaited model loads, its progress stands for this long before the waiter's clock goes on.
+_PROGRESS_HOLDS = 5.0
+
+# A waiter looks at its budget this often (seconds); being late by this much is fine for a queue.
+_SLICE = 0.5
+
+
+@dataclass(frozen=True, slots=True)
+class Ask:
+    """What a request wants. `streams`: it asked for a stream, so an abandoned slot is free at once."""
+
+    profile: Profile
+    request_id: str
+    streams: bool = False
+
+
+class Lease:
+    """A slot of an instance, held for one request. `release` exactly once; a second call does nothing."""
+
+    __slots__ = ("_ask", "_released", "instance", "queued_seconds")
+
+    def __init__(self, ask: Ask, instance: Instance, queued_seconds: float) -> None:
+        self.instance = instance
+        self.queued_seconds = queued_seconds
+        self._ask = ask
+        self._released = False
+
+    async def connect(self, *, fresh: bool = False) -> UpstreamConnection:
+        """A connection to the instance. Raises UpstreamBroken."""
+        kept = None if fresh else self.instance.idle_connection()
+        return kept or await self.instance.connect()
+
+    def release(
+        self,
+        connection: UpstreamConnection | None = None,
+        *,
+        complete: bool = False,
+        working: bool = False,
+    ) -> None:
+        """Free the slot. `connection` goes back to the instance when the response was `complete`,
+        else it is closed. `working`: llama-server was left in the middle of the request; a stream
+        ends with its connection, anything else keeps the slot busy until llama-server says otherwise.
+        """
+        if self._released:
+            return
+        self._released = True
+        if connection is not None:
+            if complete:
+                self.instance.keep(connection)
+            else:
+                connection.close()
+        self.instance.vacate(abandoned=working and not complete and not self._ask.streams)
+
+
+class Ticket:
+    """A place in a queue. Leaving the `with` block frees it, or the lease that nobody took over."""
+
+    def __init__(self, ask: Ask, line: _Line, dispatch: Dispatch) -> None:
+        self.ask = ask
+        self.since = trio.current_time()
+        self._line = line
+        self._dispatch = dispatch
+        self._turn = trio.Event()
+        self._lease: Lease | None = None
+        self._error: LlameshError | None = None
+
+    def __enter__(self) -> Ticket:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self._dispatch._leave(self)
+        if self._lease is not None:
+            lease, self._lease = self._lease, None
+            lease.release()
+
+    @property
+    def waiting_for(self) -> str:
+        """What this waits for, for people: "loading tiny:default (3 s)", "queued, 2 ahead"."""
+        return self._dispatch._describe(self)
+
+    async def wait(self, at_most: float = math.inf) -> Lease | None:
+        """The lease, which is the caller's from now on; None when `at_most` seconds passed first.
+
+        Raises QueueTimeout when the profile's `max_wait_in_queue_ms` is used up, and whatever the
+        queue was refused for. Time in which the awaited model makes progress isn't counted.
+        """
+        until = trio.current_time() + at_most
+        while not self._turn.is_set():
+            now = trio.current_time()
+            if now >= until:
+                return None
+            self._dispatch._charge(self, now)
+            with trio.move_on_after(min(_SLICE, until - now)):
+                await self._turn.wait()
+        if self._error is not None:
+            raise self._error
+        lease, self._lease = self._lease, None
+        assert lease is not None  # noqa: S101
+        return lease
+
+    def _grant(self, lease: Lease) -> None:
+        self._lease = lease
+        self._turn.set()
+
+    def _refuse(self, error: LlameshError) -> None:
+        self._error = error
+        self._turn.set()
+
+
+class _Line:
+    """One profile's queue."""
+
+    __slots__ = ("profile", "reason", "spent", "tickets")
+
+    def __init__(self, profile: Profile) -> None:
+        self.profile = profile
+        self.tickets: deque[Ticket] = deque()
+        self.reason = ""
+        self.spent: dict[Ticket, tuple[float, float]] = {}  # ticket -> (seconds counted, last look)
+
+
+class Dispatch:
+    """Owner of all queues of this node; see the module."""
+
+    def __init__(self, settings: Settings, pool: Pool, learned: LearnedValues) -> None:
+        self.draining = False
+        self._settings = settings
+        self._pool = pool
+        self._learned = learned
+        self._lines: dict[str, _Line] = {}  # only those with someone in them
+        self._settling = False
+        self._again = False
+        pool.on_change = self._on_change
+
+    # For requests.
+
+    def take(self, ask: Ask) -> Lease | None:
+        """A free slot, at once, when nobody waits for the profile; else None."""
+        key = ask.profile.key
+        if key in self._lines or self.draining:
+            return None
+        instances = self._pool.instances(key)
+        index = choose(instances)
+        if index < 0:
+            return None
+        instances[index].occupy()
+        return Lease(ask, instances[index], 0.0)
+
+    def join(self, ask: Ask) -> Ticket:
+        """A place at the end of the profile's queue. Raises Draining, QueueFull, SpawnFailed."""
+        profile = ask.profile
+        if self.draining:
+            raise Draining(f"node {self._node} is draining and takes no new requests; try another node")
+        self._check_queue_limits(profile)
+        trouble = self._pool.trouble(profile.key)
+        if trouble is not None and trouble.exhausted and self._pool.resting(profile.key):
+            raise self._spawn_failed(profile)
+        line = self._lines.get(profile.key)
+        if line is None:
+            line = self._lines[profile.key] = _Line(profile)
+        ticket = Ticket(ask, line, self)
+        line.tickets.append(ticket)
+        self._settle()
+        return ticket
+
+    # For the operator's view.
+
+    def queue_length(self, key: str | None = None) -> int:
+        """How many wait for "model:profile", or for anything."""
+        if key is not None:
+            line = self._lines.get(key)
+            return len(line.tickets) if line else 0
+        return sum(len(line.tickets) for line in self._lines.values())
+
+    def refuse_all(self, make: Callable[[Profile], LlameshError]) -> None:
+        """Send everyone who waits away; at shutdown, when the grace is over."""
+        for line in list(self._lines.values()):
+            for ticket in line.tickets:
+                ticket._refuse(make(line.profile))
+        self._lines.clear()
+
+    # Inside.
+
+    @property
+    def _node(self) -> str:
+        return self._settings.node_id
+
+    def _check_queue_limits(self, profile: Profile) -> None:
+        limit = profile.max_queue_size
+        if limit is None:
+            limit = self._settings.model_defaults.max_queue_size_per_model
+        length = self.queue_length(profile.key)
+        if limit and length >= limit:
+            raise QueueFull(f"the queue of {profile.key} on node {self._node} is full ({length} wait)")
+        total = self._settings.max_total_queue_entries
+        if total and self.queue_length() >= total:
+            raise QueueFull(f"node {self._node} has {total} requests waiting, as many as it may have")
+
+    def _leave(self, ticket: Ticket) -> None:
+        line = ticket._line
+        line.spent.pop(ticket, None)
+        if ticket in line.tickets:
+            line.tickets.remove(ticket)
+            self._forget_if_empty(line)
+            self._settle()
+
+    def _forget_if_empty(self, line: _Line) -> None:
+        if not line.tickets and self._lines.get(line.profile.key) is line:
+            del self._lines[line.profile.key]
+
+    def _on_change(self, key: str) -> None:
+        if self._lines:
+            self._settle()
+
+    def _settle(self) -> None:
+        """Decide for all queues until nothing moves. Called from within itself (a spawn or a drain
+        reports a change), it only notes that another round is due.
+        """
+        self._again = True
+        if self._settling:
+            return
+        self._settling = True
+        try:
+            while self._again:
+                self._again = False
+                for line in sorted(self._lines.values(), key=lambda line: line.tickets[0].since):
+                    self._settle_line(line)
+        finally:
+            self._settling = False
+
+    def _settle_line(self, line: _Line) -> None:
+        profile, pool = line.profile, self._pool
+        key = profile.key
+        trouble = pool.trouble(key)
+        while line.tickets:
+            if trouble is not None and trouble.exhausted and pool.resting(key):
+                line.tickets.popleft()._refuse(self._spawn_failed(profile))
+                continue
+            instances = pool.instances(key)
+            decision = place(
+                instances,
+                waiting=len(line.tickets),
+                slots_expected=pool.slots_expected(key),
+                max_instances=pool.max_instances(profile),
+                room=pool.room(),
+                resting=pool.resting(key),
+            )
+            match decision:
+                case Serve(index):
+                    instance = instances[index]
+                    instance.occupy()
+                    ticket = line.tickets.popleft()
+                    ticket._grant(Lease(ticket.ask, instance, trio.current_time() - ticket.since))
+                case Spawn(evict) if evict:
+                    pool.drain(evict, f"room for {key}")
+                    line.reason = "waiting for room"
+                    break
+                case Spawn():
+                    try:
+                        pool.spawn(profile)
+                    except NoFreePort as error:
+                        line.reason = str(error)
+                        break
+                    except BadArguments as error:
+                        message = f"{key} can't be started on node {self._node}: {error}"
+                        line.tickets.popleft()._refuse(SpawnFailed(message, param="model"))
+                case Wait(reason):
+                    line.reason = reason
+                    break
+                case Refuse(reason):
+                    message = f"{key} can't run on node {self._node}: {reason}"
+                    line.tickets.popleft()._refuse(NoCapacity(message))
+        self._forget_if_empty(line)
+
+    def _spawn_failed(self, profile: Profile) -> SpawnFailed:
+        trouble = self._pool.trouble(profile.key)
+        why = str(trouble.last) if trouble is not None else "unknown"
+        return SpawnFailed(
+            f"{profile.key} failed to start {MAX_TRIES} times on node {self._node}: {why}",
+            param="model",
+        )
+
+    def _loading(self, key: str) -> Instance | None:
+        for instance in self._pool.instances(key):
+            if instance.state is State.STARTING:
+                return instance
+        return None
+
+    def _charge(self, ticket: Ticket, now: float) -> None:
+        """Count the time since the last look against the ticket's budget, unless a load progresses."""
+        line, profile = ticket._line, ticket.ask.profile
+        limit = profile.max_wait_in_queue_ms
+        if limit is None:
+            limit = self._settings.model_defaults.max_wait_in_queue_ms
+        if not limit:
+            return
+        spent, looked = line.spent.get(ticket, (0.0, now))
+        loading = self._loading(profile.key)
+        if loading is None or now - loading.last_progress > _PROGRESS_HOLDS:
+            spent += now - looked
+        line.spent[ticket] = (spent, now)
+        if spent * 1000 >= limit:
+            extra = {}
+            if loading is not None:
+                extra["loading"] = self.loading_info(loading)
+            raise QueueTimeout(
+                f"{profile.key} on node {self._node}: no slot within {limit} ms ({self._describe(ticket)})",
+                extra=extra,
+            )
+
+    def loading_info(self, instance: Instance) -> dict[str, object]:
+        """The `loading` member of a refusal: {model, state, node, progress?, eta_seconds?}."""
+        info: dict[str, object] = {
+            "model": instance.profile.public_name,
+            "state": "loading",
+            "node": self._node,
+        }
+        usual = self._learned.of(instance.profile.key).load_seconds
+        if usual:
+            passed = trio.current_time() - instance.created
+            info["progress"] = round(min(0.99, passed / usual), 2)
+            info["eta_seconds"] = round(max(0.0, usual - passed), 1)
+        return info
+
+    def _describe(self, ticket: Ticket) -> str:
+        key = ticket.ask.profile.key
+        loading = self._loading(key)
+        if loading is not None:
+            return f"loading {key} for {trio.current_time() - loading.created:.0f} s"
+        line = ticket._line
+        ahead = sum(1 for other in line.tickets if other.since < ticket.since)
+        if line.reason and line.reason != "queued":
+            return f"{line.reason}; {ahead} ahead"
+        return f"queued for {key}, {ahead} ahead"

@@ -1,0 +1,99 @@
+"""What was learned about profiles by running them, kept across restarts in `metrics_path`.
+
+The file is JSON, `{"version": 1, "profiles": {"model:profile": {...}}}`; members that this
+version doesn't know are kept as they are, so that going back and forth between versions loses
+nothing. A file that can't be read is set aside with a warning: learning starts anew, the node starts.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from llamesh.telemetry.logs import get_logger
+
+log = get_logger("learned")
+
+
+class Learned(msgspec.Struct, omit_defaults=True):
+    """One profile's values; 0 where nothing is known.
+
+    n_ctx: context of the whole instance, in tokens; context_length: what one request may use;
+    n_ctx_train: what the model was trained for; n_slots: requests at once; load_seconds: process
+    start to ready; tokens_per_second: decode speed of one answer.
+    """
+
+    n_ctx: int = 0
+    context_length: int = 0
+    n_ctx_train: int = 0
+    n_slots: int = 0
+    load_seconds: float = 0.0
+    tokens_per_second: float = 0.0
+
+
+class LearnedValues:
+    """The values of all profiles, in memory and in the file."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._others: dict[str, Any] = {}
+        self._unknown: dict[str, dict[str, Any]] = {}
+        self._saved = b""
+        self.profiles: dict[str, Learned] = {}
+
+    def of(self, key: str) -> Learned:
+        """The values of "model:profile", made empty when there are none."""
+        found = self.profiles.get(key)
+        if found is None:
+            found = self.profiles[key] = Learned()
+        return found
+
+    def load(self) -> None:
+        """Read the file, if there is one. Never raises for what is in it."""
+        try:
+            document = msgspec.json.decode(self._path.read_bytes(), type=dict[str, Any])
+            profiles = document.pop("profiles", {})
+            if not isinstance(profiles, dict):
+                raise msgspec.ValidationError("profiles is not an object")
+            for key, values in profiles.items():
+                self.profiles[key] = msgspec.convert(values, Learned)
+                self._unknown[key] = {k: v for k, v in values.items() if k not in Learned.__struct_fields__}
+            self._others = document
+        except FileNotFoundError:
+            return
+        except (OSError, msgspec.MsgspecError, UnicodeDecodeError) as error:
+            self.profiles.clear()
+            self._unknown.clear()
+            aside = self._path.with_name(self._path.name + ".broken")
+            try:
+                os.replace(self._path, aside)
+                moved = f"it was moved to {aside}"
+            except OSError as failure:
+                moved = f"and it can't be moved aside ({failure})"
+            log.warning("learned values can't be read; learning starts anew", error=str(error), file=moved)
+
+    def save(self) -> None:
+        """Write the file when something changed, atomically. An unwritable one is a warning."""
+        profiles = {
+            key: {**self._unknown.get(key, {}), **msgspec.to_builtins(values)}
+            for key, values in sorted(self.profiles.items())
+        }
+        document = {**self._others, "version": 1, "profiles": profiles}
+        data = msgspec.json.format(msgspec.json.encode(document), indent=1)
+        if data == self._saved:
+            return
+        part = self._path.with_name(f"{self._path.name}.{os.getpid()}.part")
+        try:
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            with part.open("wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(part, self._path)
+            self._saved = data
+        except OSError as error:
+            part.unlink(missing_ok=True)
+            log.warning("learned values can't be saved", file=str(self._path), error=str(error))

@@ -1,0 +1,187 @@
+"""Everything that is no inference, as a Quart-Trio application: operator's pages and administration."""
+
+from __future__ import annotations
+
+import ipaddress
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import msgspec
+from quart import Response, request
+from quart_trio import QuartTrio
+from werkzeug.exceptions import HTTPException
+
+from llamesh.config.cookbook import Cookbook, Profile
+from llamesh.config.settings import Settings
+from llamesh.errors import (
+    InternalError,
+    InvalidRequest,
+    LlameshError,
+    MethodNotAllowed,
+    ModelNotFound,
+    NotFound,
+)
+from llamesh.local.pool import Pool
+from llamesh.net.exchange import Headers
+from llamesh.telemetry.logs import get_logger
+from llamesh.telemetry.prometheus import NodeCollector, exposition
+from llamesh.web.access import Access
+from llamesh.web.openai import ROUTES
+from llamesh.web.pages import Pages
+from llamesh.web.prewarm import Prewarm
+
+log = get_logger("app")
+
+_METHODS = ["GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"]
+
+
+def build_app(
+    settings: Settings,
+    cookbook: Callable[[], Cookbook],
+    pages: Pages,
+    pool: Pool,
+    prewarm: Prewarm,
+    collector: NodeCollector,
+    access: Access,
+) -> QuartTrio:
+    """The application; it owns nothing and starts nothing."""
+    app = QuartTrio(__name__, static_folder="static", static_url_path="/ui/static")
+    app.config["RESPONSE_TIMEOUT"] = None
+    app.config["MAX_CONTENT_LENGTH"] = 1 << 20  # admin calls; inference has its own limit elsewhere
+    app.json.sort_keys = False  # type: ignore[attr-defined]
+
+    def admin() -> None:
+        client = request.remote_addr or ""
+        access.check_admin(_headers(), loopback=_is_loopback(client))
+
+    def wanted(document: dict[str, Any]) -> Profile:
+        name = document.get("model")
+        if not isinstance(name, str) or not name:
+            raise InvalidRequest("`model` must name a model of GET /v1/models", param="model")
+        profile = cookbook().find(name)
+        if profile is None:
+            raise ModelNotFound(f"node {settings.node_id} knows no model {name[:120]!r}", param="model")
+        return profile
+
+    @app.errorhandler(Exception)
+    async def on_error(error: Exception) -> Response:
+        return _error(error)
+
+    @app.get("/metrics")
+    async def metrics() -> Response:
+        access.check(_headers())
+        content_type, text = exposition(collector)
+        return Response(text, content_type=content_type)
+
+    @app.get("/metrics/json")
+    async def metrics_json() -> Response:
+        access.check(_headers())
+        return _answer(pages.metrics())
+
+    @app.get("/cluster/nodes")
+    async def nodes() -> Response:
+        access.check(_headers())
+        return _answer(pages.nodes())
+
+    @app.get("/running")
+    async def running() -> Response:
+        access.check(_headers())
+        return _answer(pages.running())
+
+    @app.get("/")
+    async def root() -> Response:
+        return Response(status=302, headers={"location": "/ui/"})
+
+    @app.get("/ui/")
+    async def ui() -> Response:
+        return await app.send_static_file("index.html")
+
+    @app.post("/admin/prewarm")
+    async def admin_prewarm() -> Response:
+        admin()
+        document = await _body()
+        wait = document.get("wait", True)
+        if not isinstance(wait, bool):
+            raise InvalidRequest("`wait` must be true or false", param="wait")
+        return _answer(await prewarm.run(wanted(document), wait=wait), 200 if wait else 202)
+
+    @app.post("/admin/unload")
+    async def admin_unload() -> Response:
+        admin()
+        document = await _body()
+        keys = [wanted(document).key] if "model" in document else [p.key for p in cookbook().profiles]
+        ids = tuple(i.id for key in keys for i in pool.instances(key))
+        pool.drain(ids, "unloaded on request")
+        return _answer({"unloading": list(ids)})
+
+    known = {rule.rule: frozenset(rule.methods or ()) for rule in app.url_map.iter_rules()}
+
+    @app.route("/<path:path>", methods=_METHODS)
+    async def other(path: str) -> Response:
+        path = "/" + path
+        if path in known:
+            raise _not_allowed(known[path])
+        if path.encode() in ROUTES:
+            raise _not_allowed({"POST"})
+        found = pages.fast(path.encode(), _headers())
+        if found is None:
+            raise NotFound(f"there is nothing at {path[:200]}")
+        if request.method not in ("GET", "HEAD"):
+            raise _not_allowed({"GET", "HEAD"})
+        status, headers, body = found
+        return Response(body, status=status, headers={k.decode(): v.decode() for k, v in headers})
+
+    return app
+
+
+def _headers() -> Headers:
+    return [(k.lower().encode("latin-1"), v.encode("latin-1")) for k, v in request.headers.items()]
+
+
+async def _body() -> dict[str, Any]:
+    data = await request.get_data()
+    if not data:
+        return {}
+    try:
+        document = msgspec.json.decode(data)
+    except (msgspec.MsgspecError, UnicodeDecodeError) as error:
+        raise InvalidRequest(f"the request body isn't JSON: {error}") from None
+    if not isinstance(document, dict):
+        raise InvalidRequest("the request body must be a JSON object")
+    return document
+
+
+def _answer(document: Any, status: int = 200) -> Response:
+    return Response(msgspec.json.encode(document), status=status, content_type="application/json")
+
+
+def _not_allowed(methods: Iterable[str]) -> MethodNotAllowed:
+    allowed = ", ".join(sorted(methods))
+    error = MethodNotAllowed(f"{request.method} isn't possible on {request.path}; it takes {allowed}")
+    error.allowed = allowed
+    return error
+
+
+def _error(error: Exception) -> Response:
+    if isinstance(error, LlameshError):
+        face = error
+    elif isinstance(error, HTTPException) and error.code == 404:
+        face = NotFound(f"there is nothing at {request.path[:200]}")
+    elif isinstance(error, HTTPException) and error.code is not None and error.code < 500:
+        face = InvalidRequest(error.description or error.name)
+    else:
+        log.error("defect", path=request.path, exc_info=error)
+        face = InternalError("an internal error; the node's log has it")
+    response = Response(face.body(), status=face.status, content_type="application/json")
+    if face.retry_after is not None:
+        response.headers["retry-after"] = str(face.retry_after)
+    if isinstance(face, MethodNotAllowed):
+        response.headers["allow"] = face.allowed
+    return response
+
+
+def _is_loopback(address: str) -> bool:
+    try:
+        return ipaddress.ip_address(address).is_loopback
+    except ValueError:
+        return False

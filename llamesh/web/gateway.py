@@ -1,0 +1,162 @@
+"""The one path of an inference request, whichever lane it came by.
+
+A lane brings an `Inbound` and a `Sink`; everything that decides about the request, answers its
+errors, counts and logs it is here, so that both lanes give the same answers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import trio
+
+from llamesh.config.cookbook import Cookbook
+from llamesh.config.settings import Settings
+from llamesh.dispatch import Ask, Dispatch
+from llamesh.errors import InternalError, InvalidRequest, LlameshError
+from llamesh.net.exchange import Headers
+from llamesh.telemetry.logs import get_logger
+from llamesh.telemetry.stats import NodeStats, ProfileStats
+from llamesh.web.access import Access
+from llamesh.web.body import Budget
+from llamesh.web.openai import Route, choose_profile, read_wish
+from llamesh.web.relay import ClientGone, Inbound, Outcome, Relay, finish_with_event
+from llamesh.web.sink import Sink
+
+log = get_logger("request")
+
+
+class Gateway:
+    """Everything that a lane needs to answer inference requests."""
+
+    def __init__(
+        self, settings: Settings, cookbook: Callable[[], Cookbook], dispatch: Dispatch, stats: NodeStats
+    ) -> None:
+        self.settings = settings
+        self.access = Access(settings)
+        self.budget = Budget()
+        self.stats = stats
+        self._cookbook = cookbook
+        self._dispatch = dispatch
+        self._relay = Relay(settings, dispatch)
+
+    def admit(self, headers: Headers) -> None:
+        """What can be refused before the body is read. Raises LlameshError."""
+        self.access.check(headers)
+        self._check_hops(headers)
+
+    async def infer(self, inbound: Inbound, route: Route, sink: Sink) -> None:
+        """Answer one admitted request: with the upstream's answer, or with an error. Never raises
+        but for cancellation; afterwards the sink is finished or aborted.
+        """
+        outcome = Outcome()
+        profile_stats: ProfileStats | None = None
+        key = ""
+        try:
+            ask = self._understand(inbound, route)
+            key = ask.profile.key
+            profile_stats = self.stats.profile(key)
+            profile_stats.current_requests += 1
+            await self._relay.run(inbound, ask, route, sink, outcome)
+        except LlameshError as error:
+            outcome.status = outcome.status or error.status
+            outcome.error = error.type
+            await self.refuse(error, inbound.request_id, sink, route)
+        except ClientGone:
+            outcome.error = "cancelled"
+            sink.abort()
+        except trio.Cancelled:
+            outcome.error = "cancelled"
+            raise
+        except Exception:
+            log.exception("defect", request_id=inbound.request_id, profile=key)
+            outcome.status, outcome.error = 500, "internal_error"
+            await self.refuse(_defect(inbound.request_id), inbound.request_id, sink, route)
+        finally:
+            if profile_stats is not None:
+                profile_stats.current_requests -= 1
+            self._account(inbound, key, profile_stats, outcome)
+
+    async def refuse(self, error: LlameshError, id: str, sink: Sink, route: Route | None = None) -> None:  # noqa: A002
+        """Answer with an error: as a response, or as an event where the answer has begun."""
+        try:
+            if sink.started:
+                if route is None:
+                    sink.abort()
+                else:
+                    await finish_with_event(sink, route, error.document())
+                return
+            body = error.body()
+            sink.start(error.status, self.error_headers(error, id), length=len(body))
+            await sink.finish(body)
+        except (OSError, ClientGone):
+            sink.abort()
+
+    def error_headers(self, error: LlameshError, id: str) -> Headers:  # noqa: A002
+        """The headers of an error response."""
+        headers: Headers = [
+            (b"content-type", b"application/json"),
+            (b"x-request-id", id.encode()),
+            (b"x-llamesh-node", self.settings.node_id.encode()),
+        ]
+        if error.retry_after is not None:
+            headers.append((b"retry-after", b"%d" % error.retry_after))
+        if error.status == 401:
+            headers.append((b"www-authenticate", b"Bearer"))
+        return headers
+
+    def _understand(self, inbound: Inbound, route: Route) -> Ask:
+        content_type = b""
+        for name, value in inbound.headers:
+            if name == b"content-type":
+                content_type = value
+                break
+        wish = read_wish(content_type, inbound.query, inbound.body.view())
+        profile = choose_profile(
+            self._cookbook(), wish, route, self.settings.default_model, self.settings.node_id
+        )
+        return Ask(profile, inbound.request_id, wish.streams)
+
+    def _check_hops(self, headers: Headers) -> None:
+        for name, value in headers:
+            if name == b"x-llama-mesh-hops":
+                limit = self.settings.max_hops
+                if not value.isdigit() or len(value) > 9 or int(value) > limit:
+                    shown = value[:20].decode("ascii", "replace")
+                    raise InvalidRequest(
+                        f"Too many hops: X-Llama-Mesh-Hops is {shown!r}, the limit is {limit}"
+                    )
+
+    def _account(self, inbound: Inbound, key: str, stats: ProfileStats | None, outcome: Outcome) -> None:
+        seconds = trio.current_time() - inbound.started
+        usage = outcome.usage
+        failed = (bool(outcome.error) and outcome.error != "cancelled") or outcome.status >= 400
+        if stats is None:
+            self.stats.rejected[outcome.error or "cancelled"] += 1
+        else:
+            stats.requests_total += 1
+            stats.errors_total += failed
+            stats.outcomes[outcome.error or ("ok" if outcome.status < 400 else "upstream_status")] += 1
+            stats.add_usage(usage)
+            stats.duration_seconds.observe(seconds)
+            stats.queue_seconds.observe(outcome.queued_seconds)
+            if outcome.first_byte_seconds is not None:
+                stats.first_byte_seconds.observe(outcome.first_byte_seconds)
+        log.info(
+            "request",
+            request_id=inbound.request_id,
+            path=inbound.path.decode("ascii", "replace"),
+            profile=key,
+            instance=outcome.instance,
+            status=outcome.status,
+            error=outcome.error,
+            ms=round(seconds * 1000, 1),
+            queue_ms=round(outcome.queued_seconds * 1000, 1),
+            prompt_tokens=usage.prompt_tokens,
+            cached_tokens=usage.cached_tokens,
+            tokens=usage.completion_tokens,
+        )
+
+
+def _defect(id: str) -> InternalError:  # noqa: A002
+    return InternalError(f"an internal error; the node's log has it under request id {id}")

@@ -1,0 +1,156 @@
+"""The inference routes: which paths there are, what each needs, and which model a body asks for.
+
+Only what routing needs is decoded. msgspec skips over the rest (messages, images) without making
+objects of it; it still checks that the whole is JSON, so llama-server never sees half of a body.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal
+from urllib.parse import parse_qs
+
+import msgspec
+
+from llamesh.config.cookbook import Cookbook, Profile
+from llamesh.errors import InvalidRequest, ModelNotFound
+
+Needs = Literal["text", "embedding", "rerank", "any"]
+
+
+@dataclass(frozen=True, slots=True)
+class Route:
+    """One inference path. `upstream`: the path that llama-server knows it by."""
+
+    needs: Needs
+    upstream: bytes
+    dialect: Literal["openai", "anthropic"] = "openai"
+
+
+def _routes() -> Iterator[tuple[bytes, Route]]:
+    for path in (b"/v1/chat/completions", b"/v1/completions", b"/v1/responses", b"/infill"):
+        yield path, Route("text", path)
+    yield b"/v1/audio/transcriptions", Route("text", b"/v1/audio/transcriptions")
+    yield b"/v1/messages", Route("text", b"/v1/messages", "anthropic")
+    yield b"/v1/messages/count_tokens", Route("any", b"/v1/messages/count_tokens", "anthropic")
+    yield b"/v1/embeddings", Route("embedding", b"/v1/embeddings")
+    for path in (b"/v1/rerank", b"/v1/reranking", b"/rerank"):
+        yield path, Route("rerank", b"/v1/rerank")
+    for path in (b"/tokenize", b"/detokenize", b"/apply-template"):
+        yield path, Route("any", path)
+
+
+ROUTES: dict[bytes, Route] = dict(_routes())
+
+
+class _Wanted(msgspec.Struct):
+    """The members of a body that routing reads; `Raw` keeps even those undecoded until looked at."""
+
+    model: msgspec.Raw = msgspec.Raw(b"")
+    stream: msgspec.Raw = msgspec.Raw(b"")
+
+
+_decode = msgspec.json.Decoder(_Wanted).decode
+
+
+@dataclass(frozen=True, slots=True)
+class Wish:
+    """What a request says of itself: `model` as written, None when it names none."""
+
+    model: str | None
+    streams: bool
+
+
+def read_wish(content_type: bytes, query: bytes, body: bytes | memoryview) -> Wish:
+    """Read model and stream from a body (JSON, or a form) or from `?model=`. Raises InvalidRequest."""
+    if content_type[:20].lower() == b"multipart/form-data;":
+        fields = _form_fields(content_type, body)
+        model = fields.get("model")
+        if model == "":
+            raise InvalidRequest("`model` is empty; name a model of GET /v1/models", param="model")
+        return Wish(model or _from_query(query), fields.get("stream") == "true")
+    try:
+        wanted = _decode(body)
+    except (msgspec.MsgspecError, RecursionError, UnicodeDecodeError) as error:
+        raise InvalidRequest(f"the request body isn't a JSON object: {error}") from None
+    model_json = bytes(wanted.model)
+    if not model_json:
+        return Wish(_from_query(query), wanted.stream == b"true")
+    try:
+        model = msgspec.json.decode(model_json)
+    except (msgspec.MsgspecError, UnicodeDecodeError) as error:
+        raise InvalidRequest(f"`model` can't be read: {error}", param="model") from None
+    if not isinstance(model, str) or not model:
+        what = "null" if model is None else "empty" if model == "" else "not text"
+        raise InvalidRequest(f"`model` is {what}; name a model of GET /v1/models", param="model")
+    return Wish(model, wanted.stream == b"true")
+
+
+def choose_profile(cookbook: Cookbook, wish: Wish, route: Route, default: str | None, node: str) -> Profile:
+    """The profile that is meant. Raises InvalidRequest or ModelNotFound."""
+    name = wish.model or default
+    if not name:
+        raise InvalidRequest(
+            "the request names no model and there is no default_model; add `model`, see GET /v1/models",
+            param="model",
+        )
+    profile = cookbook.find(name)
+    if profile is None:
+        shown = name if len(name) <= 120 else name[:120] + "…"
+        raise ModelNotFound(f"node {node} knows no model {shown!r}; see GET /v1/models", param="model")
+    if route.needs in ("any", profile.kind):
+        return profile
+    if route.needs == "text":
+        raise InvalidRequest(
+            f"{profile.public_name} is for {_PURPOSE[profile.kind]}; it can't answer on this path",
+            param="model",
+        )
+    raise ModelNotFound(
+        f"{profile.public_name} isn't set up for {_PURPOSE[route.needs]}: "
+        f"that takes a profile with {_FLAG[route.needs]}",
+        param="model",
+    )
+
+
+_PURPOSE = {"embedding": "embeddings", "rerank": "reranking", "text": "text"}
+_FLAG = {"embedding": "--embedding", "rerank": "--reranking"}
+
+
+def _from_query(query: bytes) -> str | None:
+    if b"model=" not in query:
+        return None
+    values = parse_qs(query.decode("latin-1"), max_num_fields=64).get("model")
+    return values[0] if values else None
+
+
+def _form_fields(content_type: bytes, body: bytes | memoryview) -> dict[str, str]:
+    """The short text fields of a form; files are passed over. Raises InvalidRequest."""
+    from werkzeug.http import parse_options_header
+    from werkzeug.sansio.multipart import Data, Epilogue, Field, MultipartDecoder, NeedData
+
+    _, options = parse_options_header(content_type.decode("latin-1"))
+    boundary = options.get("boundary")
+    if not boundary:
+        raise InvalidRequest("multipart/form-data without a boundary")
+    decoder = MultipartDecoder(boundary.encode("latin-1"), max_parts=64)
+    fields: dict[str, str] = {}
+    name: str | None = None
+    try:
+        decoder.receive_data(bytes(body))
+        decoder.receive_data(None)
+        while True:
+            event = decoder.next_event()
+            if isinstance(event, Epilogue | NeedData):
+                return fields
+            if isinstance(event, Field):
+                name = event.name if event.name in ("model", "stream") else None
+            elif isinstance(event, Data) and name is not None:
+                fields[name] = fields.get(name, "") + event.data[:256].decode("utf-8", "replace")
+            elif not isinstance(event, Data):
+                name = None
+    except (ValueError, RuntimeError) as error:
+        raise InvalidRequest(f"malformed form: {error}") from None
+    except Exception as error:
+        # werkzeug reports limits as its own HTTP exceptions.
+        raise InvalidRequest(f"malformed form: {type(error).__name__}") from None

@@ -1,0 +1,253 @@
+"""The documents that GETs answer with, the same from both lanes."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Any
+from urllib.parse import unquote
+
+import msgspec
+import psutil
+import trio
+
+import llamesh
+from llamesh.config.cookbook import Cookbook, Profile
+from llamesh.config.settings import Settings
+from llamesh.core.capacity import Later, Never
+from llamesh.core.lifecycle import State
+from llamesh.dispatch import Dispatch
+from llamesh.errors import LlameshError, ModelNotFound
+from llamesh.local.pool import Pool
+from llamesh.net.exchange import Headers
+from llamesh.telemetry.learned import LearnedValues
+from llamesh.telemetry.prometheus import Gauges
+from llamesh.telemetry.stats import NodeStats
+from llamesh.web.access import Access
+
+# OpenAI's `created`. Constant, since clients cache by it and nothing here was "created".
+_CREATED = 1_700_000_000
+
+_MIB = 1 << 20
+
+
+class Pages:
+    """Reads the state of the node into documents; changes nothing."""
+
+    def __init__(
+        self,
+        settings: Settings,
+        cookbook: Callable[[], Cookbook],
+        pool: Pool,
+        dispatch: Dispatch,
+        stats: NodeStats,
+        learned: LearnedValues,
+        access: Access,
+    ) -> None:
+        self._settings = settings
+        self._cookbook = cookbook
+        self._pool = pool
+        self._dispatch = dispatch
+        self._stats = stats
+        self._learned = learned
+        self._access = access
+        self._started = time.time()
+        self.address = ""
+
+    def fast(self, path: bytes, headers: Headers) -> tuple[int, Headers, bytes] | None:
+        """The GETs of the fast lane: status, headers, body; None when `path` isn't one of them."""
+        try:
+            if path in (b"/v1/models", b"/models"):
+                self._access.check(headers)
+                return _json(200, self.models())
+            if path.startswith(b"/v1/models/"):
+                self._access.check(headers)
+                return _json(200, self.model(path[len(b"/v1/models/") :].decode("utf-8", "replace")))
+            if path in (b"/health", b"/healthz"):
+                return _json(200, {"status": "ok"})
+            if path == b"/readyz":
+                document = self.ready()
+                return _json(200 if document["status"] == "ready" else 503, document)
+            if path == b"/version":
+                return _json(200, self.version())
+        except LlameshError as error:
+            return _json(error.status, error.document())
+        return None
+
+    # Documents.
+
+    def models(self) -> dict[str, Any]:
+        """`GET /v1/models`."""
+        return {"object": "list", "data": [self._model(p) for p in self._cookbook().listed()]}
+
+    def model(self, name: str) -> dict[str, Any]:
+        """`GET /v1/models/{id}`. Raises ModelNotFound."""
+        profile = self._cookbook().find(unquote(name))
+        if profile is None:
+            raise ModelNotFound(
+                f"node {self._settings.node_id} knows no model {unquote(name)[:120]!r}; see GET /v1/models",
+                param="model",
+            )
+        return self._model(profile)
+
+    def ready(self) -> dict[str, Any]:
+        """`GET /readyz`: `status` is "ready" or "draining"; `can_spawn`: one more instance may start."""
+        return {
+            "status": "draining" if self._dispatch.draining else "ready",
+            "can_spawn": not self._dispatch.draining and not isinstance(self._pool.room(), Later | Never),
+            "node_id": self._settings.node_id,
+        }
+
+    def version(self) -> dict[str, Any]:
+        """`GET /version`."""
+        engine = self._pool.engine
+        return {
+            "version": llamesh.__version__,
+            "node_id": self._settings.node_id,
+            "llama_cpp_version": engine.version,
+            "engine": engine.origin,
+        }
+
+    def metrics(self) -> dict[str, Any]:
+        """`GET /metrics/json`."""
+        hashes = {}
+        for profile in self._cookbook().profiles:
+            stats = self._stats.profile(profile.key)
+            hashes[profile.key] = {
+                "display_names": [profile.key],
+                "requests_total": stats.requests_total,
+                "errors_total": stats.errors_total,
+                "tokens_generated_total": stats.tokens_generated_total,
+                "prompt_tokens_total": stats.prompt_tokens_total,
+                "cached_tokens_total": stats.cached_tokens_total,
+                "current_requests": stats.current_requests,
+                "queue_len": self._dispatch.queue_length(profile.key),
+                "instance_count": len(self._pool.instances(profile.key)),
+                "tps": round(stats.tokens_per_second, 2),
+                "starts_total": stats.starts_total,
+                "start_failures_total": stats.start_failures_total,
+                "crashes_total": stats.crashes_total,
+            }
+        return {
+            "node_id": self._settings.node_id,
+            "version": llamesh.__version__,
+            "requests_total": self._stats.requests_total,
+            "errors_total": self._stats.errors_total,
+            "current_requests": self._stats.current_requests,
+            "connections": self._stats.connections,
+            "node_resources": self._resources(),
+            "hashes": hashes,
+        }
+
+    def nodes(self) -> dict[str, Any]:
+        """`GET /cluster/nodes`."""
+        profiles = self._cookbook().profiles
+        loaded = sorted({i.profile.key for i in self._pool.all() if i.state is State.READY})
+        node = {
+            "ready": not self._dispatch.draining,
+            "version": llamesh.__version__,
+            "llama_cpp_version": self._pool.engine.version,
+            "address": self.address,
+            "active_instances": sum(1 for _ in self._pool.all()),
+            "current_requests": self._stats.current_requests,
+            "loaded_models": loaded,
+            "supported_models": [p.key for p in profiles],
+            "model_stats": {p.key: self._model_stats(p) for p in profiles},
+            **self._resources(),
+            "total_queue_length": self._dispatch.queue_length(),
+            "last_seen": time.time(),
+            "started_at_unix": self._started,
+        }
+        return {"nodes": {self._settings.node_id: node}}
+
+    def running(self) -> dict[str, Any]:
+        """`GET /running`: the instances, as llama-swap lists them, with their log's last lines left out."""
+        now = trio.current_time()
+        return {
+            "running": [
+                {
+                    "model": i.profile.public_name,
+                    "state": i.state.value,
+                    "instance": i.id,
+                    "slots": i.slots,
+                    "busy": i.busy_slots,
+                    "age_seconds": round(now - i.created, 1),
+                    "pid": i.child.pid if i.child else None,
+                }
+                for i in self._pool.all()
+            ]
+        }
+
+    def gauges(self) -> Gauges:
+        """What Prometheus shows beside the counters."""
+        instances: dict[tuple[str, str], int] = {}
+        for instance in self._pool.all():
+            at = (instance.profile.key, instance.state.value)
+            instances[at] = instances.get(at, 0) + 1
+        queued = {p.key: self._dispatch.queue_length(p.key) for p in self._cookbook().profiles}
+        return Gauges(instances, queued, not self._dispatch.draining)
+
+    # Parts.
+
+    def _model(self, profile: Profile) -> dict[str, Any]:
+        learned = self._learned.of(profile.key)
+        params = {"n_ctx": learned.n_ctx, "n_ctx_train": learned.n_ctx_train, "n_slots": learned.n_slots}
+        speed = self._stats.profile(profile.key).tokens_per_second or learned.tokens_per_second
+        entry: dict[str, Any] = {
+            "id": profile.public_name,
+            "object": "model",
+            "created": _CREATED,
+            "owned_by": self._settings.node_id,
+            "status": self._status(profile),
+            "metadata": {
+                "model": profile.model,
+                "profile_id": profile.id,
+                "description": profile.model_description,
+                "profile_description": profile.description,
+                "idle_timeout_seconds": profile.idle_timeout_seconds,
+                "estimated_tokens_per_second": round(speed, 2) if speed else None,
+                "parsed_model_params": {name: value or None for name, value in params.items()},
+            },
+        }
+        if learned.context_length:
+            entry["context_length"] = learned.context_length
+        return entry
+
+    def _status(self, profile: Profile) -> dict[str, Any]:
+        """One of unloaded, queued, loading, loaded, failed."""
+        states = {i.state for i in self._pool.instances(profile.key)}
+        trouble = self._pool.trouble(profile.key)
+        if State.READY in states:
+            return {"value": "loaded"}
+        if State.STARTING in states:
+            return {"value": "loading"}
+        if trouble is not None and trouble.exhausted:
+            code = trouble.last.exit_code if trouble.last else None
+            return {"value": "failed", "exit_code": code}
+        if self._dispatch.queue_length(profile.key):
+            return {"value": "queued"}
+        return {"value": "unloaded"}
+
+    def _model_stats(self, profile: Profile) -> dict[str, Any]:
+        return {
+            "instance_count": len(self._pool.instances(profile.key)),
+            "queue_len": self._dispatch.queue_length(profile.key),
+            "tps": round(self._stats.profile(profile.key).tokens_per_second, 2),
+            "vram_mb": None,
+            "sysmem_mb": None,
+        }
+
+    def _resources(self) -> dict[str, Any]:
+        """MiB; None = not known. GPU sensors aren't read yet, which is said, not guessed."""
+        return {
+            "available_vram": None,
+            "available_sysmem": psutil.virtual_memory().available // _MIB,
+            "external_vram_mb": None,
+            "device_vram_used_mb": None,
+            "device_vram_total_mb": None,
+            "gpu_telemetry_available": False,
+        }
+
+
+def _json(status: int, document: Any) -> tuple[int, Headers, bytes]:
+    return status, [(b"content-type", b"application/json")], msgspec.json.encode(document)
