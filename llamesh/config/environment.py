@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from llamesh.config.problems import KeyPath, Place, Problem, nearest
-from llamesh.config.schema import keys_of
+from llamesh.config.schema import is_list, keys_of
 
 if TYPE_CHECKING:
     from llamesh.config.settings import Settings
@@ -75,7 +75,7 @@ def _decoded(variables: Mapping[str, str], schema: type[Settings]) -> dict[str, 
         def _load_env_vars(self) -> Mapping[str, str | None]:
             return {name.lower(): value for name, value in variables.items()}
 
-        def decode_complex_value(self, field_name: str, field: FieldInfo, value: Any) -> Any:
+        def decode_complex_value(self, field_name: str, field: FieldInfo | None, value: Any) -> Any:
             # What isn't JSON stays text, and validation says what it should have been.
             text = str(value).strip()
             if text.startswith(("[", "{")):
@@ -83,6 +83,8 @@ def _decoded(variables: Mapping[str, str], schema: type[Settings]) -> dict[str, 
                     return json.loads(text)
                 except (ValueError, RecursionError):
                     return text
-            return [part.strip() for part in text.split(",") if part.strip()]
+            if field is not None and is_list(field):
+                return [part.strip() for part in text.split(",") if part.strip()]
+            return text
 
     return Source(Readable)()

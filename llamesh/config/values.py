@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ipaddress
+import math
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -145,6 +146,8 @@ def _whole(value: Any) -> Any:
 def _number(value: Any) -> Any:
     if isinstance(value, bool):
         raise reject(f"not a number: {shown(value)}", "a number")
+    if isinstance(value, float) and not math.isfinite(value):
+        raise reject(f"not a finite number: {shown(value)}", "a number")
     return value
 
 

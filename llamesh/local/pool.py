@@ -18,7 +18,7 @@ from llamesh.config.settings import Settings
 from llamesh.core.capacity import Room, Tenant, room_for_one
 from llamesh.core.lifecycle import State
 from llamesh.local.instance import Failure, Instance
-from llamesh.local.launch import Engine, build_launch, fixed_port
+from llamesh.local.launch import BadArguments, Engine, build_launch, fixed_port
 from llamesh.local.orphans import Ledger
 from llamesh.local.ports import Ports
 from llamesh.telemetry.learned import LearnedValues
@@ -119,19 +119,24 @@ class Pool:
     # Acting.
 
     def spawn(self, profile: Profile) -> Instance:
-        """Start one more instance; it is STARTING when this returns. Raises ports.NoFreePort."""
+        """Start one more instance; it is STARTING when this returns. Raises NoFreePort, BadArguments."""
         nursery = self._nursery
         assert nursery is not None, "the pool isn't running"  # noqa: S101
         number = fixed_port(profile)
         port = (
             self._ports.claim(number, user=profile.key) if number else self._ports.reserve(user=profile.key)
         )
+        try:
+            launch = build_launch(profile, self.engine, host="127.0.0.1", port=port.number)
+        except BadArguments:
+            port.close()
+            raise
         self._count += 1
         instance = Instance(
             f"{profile.key}#{self._count}",
             profile,
             self.engine,
-            build_launch(profile, self.engine, host="127.0.0.1", port=port.number),
+            launch,
             port,
             slot_limit=self._settings.model_defaults.max_concurrent_requests_per_instance,
             ledger=self._ledger,

@@ -25,7 +25,8 @@ REFUSED: dict[str, str] = {
             "--rpc -dev --device --spec-draft-device -devd --device-draft -mmdev --mmproj-device "
             "--override-kv --control-vector --control-vector-scaled --control-vector-layer-range "
             "--spm-infill --dry-sequence-breaker --log-file --log-jsonl --no-log-prefix --no-log-timestamps "
-            "--top-nsigma --top-n-sigma -l --logit-bias --spec-synth-len --spec-synth-rates --completion-bash",
+            "--top-nsigma --top-n-sigma -l --logit-bias --spec-synth-len "
+            "--spec-synth-rates --completion-bash",
             _NOT_BOUND,
         ),
         (
