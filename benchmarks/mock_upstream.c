@@ -342,7 +342,7 @@ int main(int argc, char **argv) {
     const char *host = "127.0.0.1";
     int port = 8080;
     for (int i = 1; i < argc; i++) {
-        if (!strcmp(argv[i], "--version")) {
+        if (!strcmp(argv[i], "--version") || !strcmp(argv[i], "--help")) {
             puts("version: 0 (mock)");
             return 0;
         }

@@ -66,7 +66,12 @@ def written(path: Sequence[str | int]) -> str:
     """A key path as people write it: `models[0].name`."""
     text = ""
     for part in path:
-        text += f"[{part}]" if isinstance(part, int) else f".{part}" if text else part
+        if isinstance(part, int):
+            text += f"[{part}]"
+            continue
+        # A stranger's key may be long, or hold what a terminal would obey.
+        word = part if part.isprintable() and len(part) <= 60 else shown(part)
+        text += f".{word}" if text else word
     return text
 
 

@@ -225,6 +225,9 @@ class _Builder:
             implicit = (False, True) if tag else event.implicit
             tag = str(self._yaml.resolver.resolve(ScalarNode, event.value, implicit))
         name = tag.removeprefix(_TAG)
+        if any("\ud800" <= letter <= "\udfff" for letter in event.value):
+            # Half a character, from an escape such as "\ud800": neither files nor JSON can hold it.
+            raise _refused(self._file, line, "an escape that isn't a character", "write the character itself")
         value: Any = event.value
         build = self._yaml.constructor
         node = ScalarNode(tag, event.value, event.start_mark, event.end_mark, style=event.style)

@@ -40,7 +40,7 @@ __all__ = [
 PROGRAM = "llama-server"
 DEFAULT_BINARY_PATH = Path("./llama.cpp/bin/llama-server")
 # A wrapper script may know neither --version nor --help and start for real: ask for so long, then kill it.
-ASK_SECONDS = 5.0
+ASK_SECONDS = 2.0
 _ANSWER_LINES = 4000
 
 _EMBEDDED_MODULE = "llamesh.local.engine"

@@ -29,8 +29,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol, Self, TextIO
 
-import structlog
-
+from llamesh.telemetry.lean_structlog import BoundLoggerBase, DropEvent
 from llamesh.telemetry.log_files import RotatingFile
 from llamesh.telemetry.log_lines import clean, json_line, terminal_line
 
@@ -253,7 +252,7 @@ def _cleaned(
     return (clean(event),), {}
 
 
-class Logger(structlog.BoundLoggerBase):
+class Logger(BoundLoggerBase):
     """A structlog logger: `log.info("instance ready", port=41234)`; `log.bind(request=id)` adds a field.
 
     The event is a short constant text, what varies goes into fields. A call below the
@@ -299,7 +298,7 @@ class Logger(structlog.BoundLoggerBase):
         try:
             arguments, _ = self._process_event(level, event, fields)
             output.emit(level, arguments[0])
-        except structlog.DropEvent:
+        except DropEvent:
             pass
         except Exception as error:  # the border: whoever logs is busy with something that matters more
             with contextlib.suppress(Exception):

@@ -43,6 +43,7 @@ class Node:
         self.events: list[dict[str, Any]] = []
         self.errors: list[str] = []
         self.url = ""
+        self._seen: set[psutil.Process] = set()
         self._news = trio.Event()
         self._token = trio.lowlevel.current_trio_token()
         self._popen = subprocess.Popen(
@@ -78,9 +79,12 @@ class Node:
     def children(self) -> list[psutil.Process]:
         """Every process below the node that is alive now."""
         try:
-            return [child for child in psutil.Process(self.pid).children(recursive=True) if _alive(child)]
+            found = [child for child in psutil.Process(self.pid).children(recursive=True) if _alive(child)]
         except psutil.NoSuchProcess:
             return []
+        # Once the node is gone its children can't be found by it any more; `close` must.
+        self._seen.update(found)
+        return found
 
     def find_events(self, name: str, **fields: Any) -> list[dict[str, Any]]:
         """The events so far of this name that have these fields."""
@@ -131,7 +135,7 @@ class Node:
     async def close(self) -> None:
         """Kill what is left and release everything; called by `running_node`."""
         with trio.CancelScope(shield=True):
-            leftovers = self.children()
+            leftovers = {*self._seen, *self.children()}
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(self.pid, signal.SIGKILL)
             for child in leftovers:
