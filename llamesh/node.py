@@ -126,13 +126,13 @@ class Node:
             command=engine.command[0],
         )
         for sock in sockets:
-            url = _url(sock)
+            url = _url(sock, tls=self.settings.server_tls.enabled)
             self.pages.address = self.pages.address or self.settings.public_url or url
             log.info("listening", url=url, node=self.settings.node_id, models=len(self.cookbook.profiles))
         host = self.settings.listen_addr.host
         if not self.settings.auth.enabled and not _is_loopback(sockets[0]):
             log.warning(
-                "anyone who can reach this address can use the models: set auth.enabled and auth.allowed_keys",
+                "whoever reaches this address can use the models: set auth.enabled and auth.allowed_keys",
                 listen_addr=host,
             )
 
@@ -184,9 +184,10 @@ async def _signals() -> AsyncIterator[AsyncIterator[signal.Signals]]:
         yield receiver  # type: ignore[misc]
 
 
-def _url(sock: socket.socket) -> str:
+def _url(sock: socket.socket, *, tls: bool) -> str:
     host, port = sock.getsockname()[:2]
-    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+    scheme = "https" if tls else "http"
+    return f"{scheme}://[{host}]:{port}" if ":" in host else f"{scheme}://{host}:{port}"
 
 
 def _is_loopback(sock: socket.socket) -> bool:

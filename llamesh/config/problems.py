@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple, TypeAlias
+from typing import ClassVar, NamedTuple, TypeAlias
 
 #: Where something stands in a document: `("models", 0, "profiles", 1, "id")`.
 KeyPath: TypeAlias = tuple[str | int, ...]
@@ -48,11 +48,20 @@ class Problem:
 
 
 class ConfigError(Exception):
-    """Files that can't be used, with every problem that was found; `str()` is one line for each."""
+    """Files that can't be used, with every problem that was found; `str()` is one line for each.
+
+    A file of another program can be wrong in thousands of places: `str()` stops at SHOWN lines and
+    says how many more there are.
+    """
+
+    SHOWN: ClassVar[int] = 100
 
     def __init__(self, problems: Iterable[Problem]) -> None:
         self.problems: tuple[Problem, ...] = tuple(dict.fromkeys(problems))
-        super().__init__("\n".join(str(problem) for problem in self.problems))
+        lines = [str(problem) for problem in self.problems[: self.SHOWN]]
+        if len(self.problems) > self.SHOWN:
+            lines.append(f"... and {len(self.problems) - self.SHOWN} more")
+        super().__init__("\n".join(lines))
 
 
 def in_order(problems: Iterable[Problem]) -> list[Problem]:

@@ -14,6 +14,8 @@ from llamesh.config.problems import Finding, KeyPath, Place, Problem, nearest, s
 # Values below these keys may be secrets, or hold one (`--api-key K`): messages don't repeat them.
 _UNSPOKEN = frozenset({"auth", "llama_server_args"})
 
+_MOST = 1000
+
 # pydantic's kinds of errors by their first word: what it should have been, and how to write that.
 _EXPECTED = {
     "bool": ("true or false", "true or false"),
@@ -67,8 +69,11 @@ def place_of(path: KeyPath, places: Mapping[KeyPath, Place], file: str) -> Place
 def explain(
     error: ValidationError, model: type[BaseModel], places: Mapping[KeyPath, Place], file: str
 ) -> Iterator[Problem]:
-    """Each error of pydantic as a problem. `file` is named where `places` doesn't know the path."""
-    for detail in error.errors(include_url=False):
+    """Each error of pydantic as a problem. `file` is named where `places` doesn't know the path.
+
+    Stops after _MOST errors: nobody reads on, and the nearest key to each would take seconds.
+    """
+    for detail in error.errors(include_url=False)[:_MOST]:
         loc: KeyPath = detail["loc"]
         if detail["type"] == "llamesh":
             findings: list[Finding] = detail["ctx"]["findings"]

@@ -35,6 +35,8 @@ from llamesh.config.problems import ConfigError, KeyPath, Place, Problem, writte
 MAX_BYTES = 512 * 1024
 MAX_NODES = 20_000
 MAX_DEPTH = 32
+# Python takes quadratic time for long ones.
+_LONGEST_NUMBER = 100
 
 _TAG = "tag:yaml.org,2002:"
 
@@ -225,12 +227,12 @@ class _Builder:
             implicit = (False, True) if tag else event.implicit
             tag = str(self._yaml.resolver.resolve(ScalarNode, event.value, implicit))
         name = tag.removeprefix(_TAG)
-        if any("\ud800" <= letter <= "\udfff" for letter in event.value):
-            # Half a character, from an escape such as "\ud800": neither files nor JSON can hold it.
-            raise _refused(self._file, line, "an escape that isn't a character", "write the character itself")
-        value: Any = event.value
+        text = self._whole_characters(event.value, line)
+        if name in ("int", "float") and len(text) > _LONGEST_NUMBER:
+            raise _refused(self._file, line, f"not a valid {name}", "fewer digits")
+        value: Any = text
         build = self._yaml.constructor
-        node = ScalarNode(tag, event.value, event.start_mark, event.end_mark, style=event.style)
+        node = ScalarNode(tag, text, event.start_mark, event.end_mark, style=event.style)
         try:
             match name:
                 case "null":
@@ -247,7 +249,17 @@ class _Builder:
                     raise self._bad_tag(line)
         except (ValueError, LookupError, OverflowError):
             raise _refused(self._file, line, f"not a valid {name}", "write it without a tag") from None
-        return _Scalar(line, value, event.value, plain=event.style is None)
+        return _Scalar(line, value, text, plain=event.style is None)
+
+    def _whole_characters(self, text: str, line: int) -> str:
+        """JSON writes large characters as two escapes, each half of one; halves alone mean nothing."""
+        if not any("\ud800" <= letter <= "\udfff" for letter in text):
+            return text
+        try:
+            return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le")
+        except UnicodeDecodeError:
+            hint = "write the character itself"
+            raise _refused(self._file, line, "an escape that isn't a character", hint) from None
 
     def _expand(self, node: _Node, path: KeyPath) -> Any:
         self._expanded += 1

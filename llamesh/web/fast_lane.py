@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import math
 import socket
+import ssl
 from collections.abc import Callable
 from typing import Protocol
 
@@ -32,9 +33,11 @@ from llamesh.web.gateway import Gateway
 from llamesh.web.headers import request_id, response_head
 from llamesh.web.openai import ROUTES, Route
 from llamesh.web.relay import Inbound
+from llamesh.web.tls import Certificate
 
 log = get_logger("http")
 
+_TLS_HANDSHAKE = b"\x16"
 _PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
 
 # After an answer to a request whose body wasn't read: read on for this long, so that the client
@@ -46,7 +49,9 @@ _LINGER_BYTES = 4 << 20
 class SlowLane(Protocol):
     """Takes a connection over, bytes already read included, and closes it in the end."""
 
-    async def serve(self, sock: socket.socket, read_before: bytes) -> None: ...
+    async def serve(
+        self, sock: socket.socket, read_before: bytes, tls: ssl.SSLContext | None = None
+    ) -> None: ...
 
 
 # A GET of this lane: (path, headers) -> status, headers, body; None when it isn't one.
@@ -67,11 +72,32 @@ class FastLane:
         self.idle_seconds = float(http.idle_timeout_seconds)
         self.read_seconds = http.body_read_timeout_ms / 1000
         self.body_limit = http.request_body_limit_bytes
+        self.certificate = (
+            Certificate(gateway.settings.server_tls) if gateway.settings.server_tls.enabled else None
+        )
         self.closing = False  # answer what is there, keep no connection alive
 
     async def serve(self, sock: socket.socket) -> None:
-        """Serve one accepted connection to its end. Never raises but for cancellation."""
-        await Connection(sock, self).run()
+        """Serve one accepted connection to its end."""
+        if self.certificate is None:
+            await Connection(sock, self).run()
+        else:
+            await self._serve_tls(sock, self.certificate.context())
+
+    async def _serve_tls(self, sock: socket.socket, context: ssl.SSLContext) -> None:
+        """TLS goes to the slow lane; anything else on this port is refused in plain words."""
+        data = b""
+        with trio.move_on_after(self.first_byte_seconds):
+            data = await SocketTransport(sock).receive()
+        if data.startswith(_TLS_HANDSHAKE):
+            await self.slow_lane.serve(sock, data, context)
+            return
+        try:
+            if data:
+                await Connection(sock, self).refuse(InvalidRequest("this port speaks HTTPS; use https://"))
+        finally:
+            trio.lowlevel.notify_closing(sock)
+            sock.close()
 
 
 class Connection:
@@ -317,6 +343,14 @@ class Connection:
         await self._lane.gateway.refuse(error, id, self)
         if not at_hand and not head.expects_continue:
             await self._linger()
+
+    async def refuse(self, error: LlameshError) -> None:
+        """Say why nothing on this connection is served, and let the client read it."""
+        try:
+            await self._say(error)
+            await self._linger()
+        except OSError as failure:
+            log.debug("connection lost", error=str(failure))
 
     async def _say(self, error: LlameshError) -> None:
         """One last answer before the connection closes; bounded, since the client may not read."""

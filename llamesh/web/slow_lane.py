@@ -7,6 +7,7 @@ that somebody else accepted, and turns to HTTP/2 by itself on the preface.
 from __future__ import annotations
 
 import socket
+import ssl
 from typing import Any
 
 import trio
@@ -90,7 +91,7 @@ class HypercornLane:
         config.errorlog = None
         self._config = config
 
-    async def serve(self, sock: socket.socket, read_before: bytes) -> None:
+    async def serve(self, sock: socket.socket, read_before: bytes, tls: ssl.SSLContext | None = None) -> None:
         """One connection to its end, bytes that were read before included. Owns the socket.
 
         The application finds the stream as `scope["state"]["connection"]`, to cut it when an
@@ -98,8 +99,11 @@ class HypercornLane:
         """
         stream = ReplayStream(sock, read_before)
         state = {"connection": stream}
+        served: Any = stream
+        if tls is not None:
+            served = trio.SSLStream(stream, tls, server_side=True, https_compatible=True)
         try:
-            await TCPServer(self._app, self._config, self._context, state, stream)  # type: ignore[arg-type]
+            await TCPServer(self._app, self._config, self._context, state, served)
         except* (trio.BrokenResourceError, trio.ClosedResourceError, OSError) as group:
             log.debug("connection lost", error=str(group.exceptions[0]))
         finally:

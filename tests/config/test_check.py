@@ -67,6 +67,12 @@ def test_both_files_are_told_at_once(tmp_path: Path) -> None:
     ]
 
 
+def test_a_file_of_something_else_is_not_told_line_by_line(tmp_path: Path) -> None:
+    lines = said(tmp_path, "".join(f"key{number}: 1\n" for number in range(500))).splitlines()
+    assert len(lines) == 101
+    assert lines[-1] == "... and 400 more"
+
+
 def test_reading_configuration_stays_light() -> None:
     """What a node doesn't need before its first request isn't imported to read two files."""
     heavy = ["gguf", "numpy", "huggingface_hub", "mcp", "rich", "httpx", "email_validator", "cryptography"]

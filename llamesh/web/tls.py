@@ -1,0 +1,46 @@
+"""TLS for clients: the configured certificate, taken in again when its files change."""
+
+from __future__ import annotations
+
+import os
+import ssl
+
+from llamesh.config.sections import ServerTls
+from llamesh.telemetry.logs import get_logger
+
+log = get_logger("tls")
+
+
+class Certificate:
+    """Hands out the context for a handshake. A new certificate on disk serves from the next
+    connection on; one that can't be used is a warning, and the old one stays.
+    """
+
+    def __init__(self, settings: ServerTls) -> None:
+        """Raises OSError or ssl.SSLError when the files can't be used."""
+        assert settings.cert_path is not None  # noqa: S101 - the schema wants both when enabled
+        assert settings.key_path is not None  # noqa: S101
+        self._cert, self._key = settings.cert_path, settings.key_path
+        self._context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+        self._context.minimum_version = ssl.TLSVersion.TLSv1_2
+        self._context.set_alpn_protocols(["h2", "http/1.1"])
+        self._seen = self._stamp()
+        self._context.load_cert_chain(self._cert, self._key)
+
+    def context(self) -> ssl.SSLContext:
+        """The context, with the certificate that is on disk now. Costs two calls of stat."""
+        try:
+            stamp = self._stamp()
+            if stamp != self._seen:
+                self._seen = stamp
+                # Into a context of its own first: half a pair must not replace a whole one.
+                ssl.create_default_context(ssl.Purpose.CLIENT_AUTH).load_cert_chain(self._cert, self._key)
+                self._context.load_cert_chain(self._cert, self._key)
+                log.info("certificate reloaded", file=str(self._cert))
+        except (OSError, ssl.SSLError) as error:
+            log.warning("the certificate on disk can't be used; the old one stays", error=str(error))
+        return self._context
+
+    def _stamp(self) -> tuple[int, ...]:
+        stats = (os.stat(self._cert), os.stat(self._key))
+        return tuple(value for one in stats for value in (one.st_mtime_ns, one.st_ino, one.st_size))
