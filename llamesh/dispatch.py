@@ -45,6 +45,7 @@ _PROGRESS_HOLDS = 5.0
 
 # A waiter looks at its budget this often (seconds); being late by this much is fine for a queue.
 _SLICE = 0.5
+_SHORTEST = 0.005
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,9 +60,11 @@ class Ask:
 class Lease:
     """A slot of an instance, held for one request. `release` exactly once; a second call does nothing."""
 
-    __slots__ = ("_ask", "_released", "instance", "queued_seconds")
+    __slots__ = ("_ask", "_number", "_released", "instance", "queued_seconds")
 
     def __init__(self, ask: Ask, instance: Instance, queued_seconds: float) -> None:
+        """Takes the slot: the caller has just seen that one is free."""
+        self._number = instance.occupy()
         self.instance = instance
         self.queued_seconds = queued_seconds
         self._ask = ask
@@ -91,7 +94,7 @@ class Lease:
                 self.instance.keep(connection)
             else:
                 connection.close()
-        self.instance.vacate(abandoned=working and not complete and not self._ask.streams)
+        self.instance.vacate(self._number, abandoned=working and not complete and not self._ask.streams)
 
 
 class Ticket:
@@ -115,29 +118,34 @@ class Ticket:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        self._dispatch._leave(self)
         if self._lease is not None:
             lease, self._lease = self._lease, None
             lease.release()
+        self._dispatch._leave(self)
 
     @property
     def waiting_for(self) -> str:
-        """What this waits for, for people: "loading tiny:default (3 s)", "queued, 2 ahead"."""
+        """What this waits for, for people: "loading tiny:default for 3 s"."""
         return self._dispatch._describe(self)
 
     async def wait(self, at_most: float = math.inf) -> Lease | None:
         """The lease, which is the caller's from now on; None when `at_most` seconds passed first.
 
         Raises QueueTimeout when the profile's `max_wait_in_queue_ms` is used up, and whatever the
-        queue was refused for. Time in which the awaited model makes progress isn't counted.
+        queue was refused for; the place is given up then. Time in which the awaited model makes
+        progress isn't counted.
         """
         until = trio.current_time() + at_most
         while not self._turn.is_set():
             now = trio.current_time()
             if now >= until:
                 return None
-            self._dispatch._charge(self, now)
-            with trio.move_on_after(min(_SLICE, until - now)):
+            try:
+                left = self._dispatch._charge(self, now)
+            except QueueTimeout:
+                self._dispatch._leave(self)
+                raise
+            with trio.move_on_after(min(_SLICE, left, until - now)):
                 await self._turn.wait()
         if self._error is not None:
             raise self._error
@@ -190,7 +198,6 @@ class Dispatch:
         index = choose(instances)
         if index < 0:
             return None
-        instances[index].occupy()
         return Lease(ask, instances[index], 0.0)
 
     def join(self, ask: Ask) -> Ticket:
@@ -199,8 +206,7 @@ class Dispatch:
         if self.draining:
             raise Draining(f"node {self._node} is draining and takes no new requests; try another node")
         self._check_queue_limits(profile)
-        trouble = self._pool.trouble(profile.key)
-        if trouble is not None and trouble.exhausted and self._pool.resting(profile.key):
+        if self._is_hopeless(profile.key):
             raise self._spawn_failed(profile)
         line = self._lines.get(profile.key)
         if line is None:
@@ -278,9 +284,8 @@ class Dispatch:
     def _settle_line(self, line: _Line) -> None:
         profile, pool = line.profile, self._pool
         key = profile.key
-        trouble = pool.trouble(key)
         while line.tickets:
-            if trouble is not None and trouble.exhausted and pool.resting(key):
+            if self._is_hopeless(key):
                 line.tickets.popleft()._refuse(self._spawn_failed(profile))
                 continue
             instances = pool.instances(key)
@@ -294,10 +299,8 @@ class Dispatch:
             )
             match decision:
                 case Serve(index):
-                    instance = instances[index]
-                    instance.occupy()
                     ticket = line.tickets.popleft()
-                    ticket._grant(Lease(ticket.ask, instance, trio.current_time() - ticket.since))
+                    ticket._grant(Lease(ticket.ask, instances[index], trio.current_time() - ticket.since))
                 case Spawn(evict) if evict:
                     pool.drain(evict, f"room for {key}")
                     line.reason = "waiting for room"
@@ -305,7 +308,7 @@ class Dispatch:
                 case Spawn():
                     try:
                         pool.spawn(profile)
-                    except NoFreePort as error:
+                    except (NoFreePort, OSError) as error:
                         line.reason = str(error)
                         break
                     except BadArguments as error:
@@ -319,6 +322,13 @@ class Dispatch:
                     line.tickets.popleft()._refuse(NoCapacity(message))
         self._forget_if_empty(line)
 
+    def _is_hopeless(self, key: str) -> bool:
+        """Whether all tries to start it failed a moment ago, and no other instance is or will be there."""
+        trouble = self._pool.trouble(key)
+        if trouble is None or not trouble.exhausted or not self._pool.resting(key):
+            return False
+        return not any(i.state in (State.STARTING, State.READY) for i in self._pool.instances(key))
+
     def _spawn_failed(self, profile: Profile) -> SpawnFailed:
         trouble = self._pool.trouble(profile.key)
         why = str(trouble.last) if trouble is not None else "unknown"
@@ -328,19 +338,21 @@ class Dispatch:
         )
 
     def _loading(self, key: str) -> Instance | None:
-        for instance in self._pool.instances(key):
-            if instance.state is State.STARTING:
-                return instance
-        return None
+        """The instance that loads, of several the one that moved last."""
+        starting = [i for i in self._pool.instances(key) if i.state is State.STARTING]
+        return max(starting, key=lambda i: i.last_progress) if starting else None
 
-    def _charge(self, ticket: Ticket, now: float) -> None:
-        """Count the time since the last look against the ticket's budget, unless a load progresses."""
+    def _charge(self, ticket: Ticket, now: float) -> float:
+        """Count the time since the last look against the ticket's budget, unless a load progresses.
+
+        When to look again, in seconds from now. Raises QueueTimeout.
+        """
         line, profile = ticket._line, ticket.ask.profile
         limit = profile.max_wait_in_queue_ms
         if limit is None:
             limit = self._settings.model_defaults.max_wait_in_queue_ms
         if not limit:
-            return
+            return math.inf
         spent, looked = line.spent.get(ticket, (0.0, now))
         loading = self._loading(profile.key)
         if loading is None or now - loading.last_progress > _PROGRESS_HOLDS:
@@ -354,6 +366,8 @@ class Dispatch:
                 f"{profile.key} on node {self._node}: no slot within {limit} ms ({self._describe(ticket)})",
                 extra=extra,
             )
+        # Never at once: while the clock stands still, what is left doesn't shrink.
+        return max(limit / 1000 - spent, _SHORTEST)
 
     def loading_info(self, instance: Instance) -> dict[str, object]:
         """The `loading` member of a refusal: {model, state, node, progress?, eta_seconds?}."""
@@ -375,7 +389,7 @@ class Dispatch:
         if loading is not None:
             return f"loading {key} for {trio.current_time() - loading.created:.0f} s"
         line = ticket._line
-        ahead = sum(1 for other in line.tickets if other.since < ticket.since)
+        ahead = line.tickets.index(ticket) if ticket in line.tickets else 0
         if line.reason and line.reason != "queued":
             return f"{line.reason}; {ahead} ahead"
         return f"queued for {key}, {ahead} ahead"

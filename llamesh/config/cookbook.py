@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from types import MappingProxyType
 from typing import TypeAlias
@@ -78,12 +79,12 @@ class Profile:
     estimated_sysmem_mb: int | None = None
     api_key: str | None = field(default=None, repr=False)
 
-    @property
+    @cached_property
     def key(self) -> str:
         """`model:id` as written: the name in metrics, logs and `X-Llamesh-Profile`."""
         return f"{self.model}:{self.id}"
 
-    @property
+    @cached_property
     def public_name(self) -> str:
         """What lists show: the bare model for its default profile, else `model:id`."""
         return self.model if self.id.casefold() == DEFAULT_PROFILE else self.key

@@ -10,8 +10,9 @@ import json
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+from llamesh.config.layers import paths_in
 from llamesh.config.problems import KeyPath, Place, Problem, nearest
-from llamesh.config.schema import is_list, keys_of
+from llamesh.config.schema import is_list, keys_of, place_of
 
 if TYPE_CHECKING:
     from llamesh.config.settings import Settings
@@ -51,7 +52,9 @@ def read_environment(
             ours[name] = environ[name]
             places[tuple(key.split("."))] = Place(source, None)
     # Left alone where nothing is set: the package costs 70 ms to import.
-    return (_decoded(ours, schema) if ours else {}), places, problems
+    data = _decoded(ours, schema) if ours else {}
+    within = {path: place_of(path, places, "environment") for path in paths_in(data, ()) if path}
+    return data, within, problems
 
 
 def _suggestion(name: str, known: Mapping[str, str]) -> str:

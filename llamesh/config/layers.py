@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -41,23 +41,36 @@ class Layers:
             if value is None and covered is not None:
                 continue
             if isinstance(value, dict):
-                if covered is not None and not isinstance(covered, dict):
-                    place = self.places[path]
-                    message = "must be a mapping of keys"
-                    self.problems.append(
-                        Problem(*place, written(path), message, "put its keys below it, indented")
-                    )
                 if not isinstance(covered, dict):
-                    self._forget(path)
+                    self._replaced(covered, path)
                     low[key] = covered = {}
                     if path in places:
                         self.places[path] = places[path]
                 self._merge(covered, value, path, places)
             else:
-                self._forget(path)
+                self._forget(covered, path)
                 low[key] = value
-                self.places |= {here: place for here, place in places.items() if here[: len(path)] == path}
+                self.places |= {below: places[below] for below in paths_in(value, path) if below in places}
 
-    def _forget(self, path: KeyPath) -> None:
-        for here in [known for known in self.places if known[: len(path)] == path]:
-            del self.places[here]
+    def _replaced(self, covered: Any, path: KeyPath) -> None:
+        """A mapping lands on something else: told now, since nobody will see it any more."""
+        if covered is not None:
+            place = self.places[path]  # of everything that was merged, its layer knew the place
+            message, hint = "must be a mapping of keys", "put its keys below it, indented"
+            self.problems.append(Problem(*place, written(path), message, hint))
+        self._forget(covered, path)
+
+    def _forget(self, covered: Any, path: KeyPath) -> None:
+        for below in paths_in(covered, path):
+            self.places.pop(below, None)
+
+
+def paths_in(value: Any, path: KeyPath) -> Iterator[KeyPath]:
+    """The path of a value, and of everything in it."""
+    yield path
+    if isinstance(value, dict):
+        for key, inner in value.items():
+            yield from paths_in(inner, (*path, key))
+    elif isinstance(value, list):
+        for index, inner in enumerate(value):
+            yield from paths_in(inner, (*path, index))

@@ -15,12 +15,12 @@ import trio
 
 from llamesh.config.cookbook import Profile
 from llamesh.config.settings import Settings
-from llamesh.core.capacity import Room, Tenant, room_for_one
+from llamesh.core.capacity import Later, Room, Tenant, room_for_one
 from llamesh.core.lifecycle import State
 from llamesh.local.instance import Failure, Instance
 from llamesh.local.launch import BadArguments, Engine, build_launch, fixed_port
 from llamesh.local.orphans import Ledger
-from llamesh.local.ports import Ports
+from llamesh.local.ports import NoFreePort, Port, Ports
 from llamesh.telemetry.learned import LearnedValues
 from llamesh.telemetry.logs import get_logger
 from llamesh.telemetry.stats import NodeStats
@@ -34,6 +34,9 @@ MAX_TRIES = 3
 _RETRY_PAUSE = 0.1
 _REST = 1.0
 _REST_MAX = 30.0
+
+# Seconds until a start that found no free port is tried again: a stranger's port makes no event.
+_PORT_PAUSE = 1.0
 
 # How often idle instances and connections are looked at, in seconds.
 _TICK = 0.5
@@ -76,6 +79,8 @@ class Pool:
         self._instances: dict[str, list[Instance]] = {}
         self._trouble: dict[str, Trouble] = {}
         self._count = 0
+        self._closed = False
+        self._port_wait: set[str] = set()
         self._nursery: trio.Nursery | None = None
 
     # Reading.
@@ -113,19 +118,21 @@ class Pool:
 
     def room(self) -> Room:
         """May one more instance start?"""
+        if self._closed:
+            return Later("the node is ending")
         tenants = [Tenant(i.id, i.profile.key, i.state, i.busy_slots > 0, i.last_used) for i in self.all()]
         return room_for_one(tenants, max_instances=self._settings.max_instances_per_node)
 
     # Acting.
 
     def spawn(self, profile: Profile) -> Instance:
-        """Start one more instance; it is STARTING when this returns. Raises NoFreePort, BadArguments."""
+        """Start one more instance; it is STARTING when this returns. Raises NoFreePort, BadArguments.
+
+        After NoFreePort, `on_change` comes again when it is time for another try.
+        """
         nursery = self._nursery
         assert nursery is not None, "the pool isn't running"  # noqa: S101
-        number = fixed_port(profile)
-        port = (
-            self._ports.claim(number, user=profile.key) if number else self._ports.reserve(user=profile.key)
-        )
+        port = self._reserve_port(profile, nursery)
         try:
             launch = build_launch(profile, self.engine, host="127.0.0.1", port=port.number)
         except BadArguments:
@@ -141,12 +148,23 @@ class Pool:
             slot_limit=self._settings.model_defaults.max_concurrent_requests_per_instance,
             ledger=self._ledger,
             environment=os.environ,
+            on_ready=self._note_ready,
             on_change=self._changed,
         )
         self._instances.setdefault(profile.key, []).append(instance)
         self._stats.profile(profile.key).starts_total += 1
         nursery.start_soon(instance.run)
         return instance
+
+    def _reserve_port(self, profile: Profile, nursery: trio.Nursery) -> Port:
+        number, key = fixed_port(profile), profile.key
+        try:
+            return self._ports.claim(number, user=key) if number else self._ports.reserve(user=key)
+        except NoFreePort:
+            if key not in self._port_wait:
+                self._port_wait.add(key)
+                nursery.start_soon(self._wake_later, key, _PORT_PAUSE)
+            raise
 
     def drain(self, ids: tuple[str, ...], reason: str) -> None:
         """Have these instances leave after their requests."""
@@ -160,12 +178,16 @@ class Pool:
         async with trio.open_nursery() as nursery:
             self._nursery = nursery
             task_status.started()
-            while True:
-                await trio.sleep(_TICK)
-                self._tick()
+            try:
+                while True:
+                    await trio.sleep(_TICK)
+                    self._tick()
+            finally:
+                self._closed = True  # whoever still waits doesn't get what is about to be killed
 
     async def close(self) -> None:
         """End all instances now, leases or not, and return when they are gone (within STOP_GRACE)."""
+        self._closed = True
         instances = list(self.all())
         for instance in instances:
             instance.stop("shutdown")
@@ -184,15 +206,12 @@ class Pool:
 
     def _changed(self, instance: Instance) -> None:
         """An instance became ready, has a slot less busy, or is gone."""
-        key = instance.profile.key
         if instance.state is State.GONE:
             self._remove(instance)
-        elif instance.state is State.READY and not instance.requests:
-            self._trouble.pop(key, None)
-            self._note_ready(instance)
-        self.on_change(key)
+        self.on_change(instance.profile.key)
 
     def _note_ready(self, instance: Instance) -> None:
+        self._trouble.pop(instance.profile.key, None)
         learned, facts = self._learned.of(instance.profile.key), instance.facts
         learned.n_slots = instance.slots
         learned.n_ctx = facts.n_ctx or learned.n_ctx
@@ -211,7 +230,7 @@ class Pool:
             del self._instances[key]
         if instance.failure is None:
             log.info("gone", instance=instance.id, reason=instance.end_reason)
-        elif instance.ready_after:
+        elif instance.was_ready:
             self._stats.profile(key).crashes_total += 1
             log.error("crashed", instance=instance.id, error=str(instance.failure))
         else:
@@ -243,6 +262,7 @@ class Pool:
 
     async def _wake_later(self, key: str, pause: float) -> None:
         await trio.sleep(pause + 0.001)
+        self._port_wait.discard(key)
         self.on_change(key)
 
 

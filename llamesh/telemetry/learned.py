@@ -7,6 +7,7 @@ nothing. A file that can't be read is set aside with a warning: learning starts 
 
 from __future__ import annotations
 
+import contextlib
 import os
 from pathlib import Path
 from typing import Any
@@ -54,7 +55,15 @@ class LearnedValues:
     def load(self) -> None:
         """Read the file, if there is one. Never raises for what is in it."""
         try:
-            document = msgspec.json.decode(self._path.read_bytes(), type=dict[str, Any])
+            data = self._path.read_bytes()
+        except FileNotFoundError:
+            return
+        except OSError as error:
+            # Perhaps only a matter of permissions, or not our file at all: leave it where it is.
+            log.warning("learned values can't be read; learning starts anew", error=str(error))
+            return
+        try:
+            document = msgspec.json.decode(data, type=dict[str, Any])
             profiles = document.pop("profiles", {})
             if not isinstance(profiles, dict):
                 raise msgspec.ValidationError("profiles is not an object")
@@ -62,9 +71,7 @@ class LearnedValues:
                 self.profiles[key] = msgspec.convert(values, Learned)
                 self._unknown[key] = {k: v for k, v in values.items() if k not in Learned.__struct_fields__}
             self._others = document
-        except FileNotFoundError:
-            return
-        except (OSError, msgspec.MsgspecError, UnicodeDecodeError) as error:
+        except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
             self.profiles.clear()
             self._unknown.clear()
             aside = self._path.with_name(self._path.name + ".broken")
@@ -95,5 +102,6 @@ class LearnedValues:
             os.replace(part, self._path)
             self._saved = data
         except OSError as error:
-            part.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                part.unlink()
             log.warning("learned values can't be saved", file=str(self._path), error=str(error))

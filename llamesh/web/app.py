@@ -34,6 +34,16 @@ log = get_logger("app")
 
 _METHODS = ["GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"]
 
+# For a browser: scripts and requests of this node only, nothing inline, in no other page's frame.
+_PAGE_HEADERS = {
+    "content-security-policy": (
+        "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self'; connect-src 'self'; "
+        "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+    ),
+    "x-content-type-options": "nosniff",
+    "referrer-policy": "no-referrer",
+}
+
 
 def build_app(
     settings: Settings,
@@ -66,6 +76,11 @@ def build_app(
     @app.errorhandler(Exception)
     async def on_error(error: Exception) -> Response:
         return _error(error)
+
+    @app.after_request
+    async def guard(response: Response) -> Response:
+        response.headers.update(_PAGE_HEADERS)
+        return response
 
     @app.get("/metrics")
     async def metrics() -> Response:

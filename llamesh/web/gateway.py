@@ -115,7 +115,8 @@ class Gateway:
         profile = choose_profile(
             self._cookbook(), wish, route, self.settings.default_model, self.settings.node_id
         )
-        return Ask(profile, inbound.request_id, wish.streams)
+        # Only text streams; elsewhere llama-server ignores the wish, and so must the keep-alives.
+        return Ask(profile, inbound.request_id, wish.streams and route.needs == "text")
 
     def _check_hops(self, headers: Headers) -> None:
         for name, value in headers:

@@ -74,9 +74,10 @@ def read_wish(content_type: bytes, query: bytes, body: bytes | memoryview) -> Wi
         wanted = _decode(body)
     except (msgspec.MsgspecError, RecursionError, UnicodeDecodeError) as error:
         raise InvalidRequest(f"the request body isn't a JSON object: {error}") from None
-    model_json = bytes(wanted.model)
+    # A Raw equals no bytes object, whatever it holds.
+    model_json, streams = bytes(wanted.model), bytes(wanted.stream) == b"true"
     if not model_json:
-        return Wish(_from_query(query), wanted.stream == b"true")
+        return Wish(_from_query(query), streams)
     try:
         model = msgspec.json.decode(model_json)
     except (msgspec.MsgspecError, UnicodeDecodeError) as error:
@@ -84,7 +85,7 @@ def read_wish(content_type: bytes, query: bytes, body: bytes | memoryview) -> Wi
     if not isinstance(model, str) or not model:
         what = "null" if model is None else "empty" if model == "" else "not text"
         raise InvalidRequest(f"`model` is {what}; name a model of GET /v1/models", param="model")
-    return Wish(model, wanted.stream == b"true")
+    return Wish(model, streams)
 
 
 def choose_profile(cookbook: Cookbook, wish: Wish, route: Route, default: str | None, node: str) -> Profile:

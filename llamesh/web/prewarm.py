@@ -8,12 +8,15 @@ import trio
 
 from llamesh.config.cookbook import Profile
 from llamesh.core.lifecycle import State
-from llamesh.dispatch import Ask, Dispatch
+from llamesh.dispatch import Ask, Dispatch, Ticket
 from llamesh.errors import LlameshError
 from llamesh.local.pool import Pool
 from llamesh.telemetry.logs import get_logger
 
 log = get_logger("prewarm")
+
+# How often someone far back in the queue looks whether the model is there by now.
+_LOOK_SECONDS = 0.25
 
 
 class Prewarm:
@@ -28,11 +31,12 @@ class Prewarm:
         """Have an instance of `profile` ready; return when it is, or at once. Raises LlameshError."""
         if self._is_loaded(profile):
             return {"model": profile.public_name, "status": "loaded"}
+        ticket = self._dispatch.join(Ask(profile, "prewarm"))
         if wait:
-            await self._load(profile)
+            await self._wait(ticket)
             return {"model": profile.public_name, "status": "loaded"}
         assert self._nursery is not None, "not running"  # noqa: S101
-        self._nursery.start_soon(self._load_quietly, profile)
+        self._nursery.start_soon(self._wait_quietly, ticket)
         return {"model": profile.public_name, "status": "loading"}
 
     async def serve(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
@@ -45,14 +49,17 @@ class Prewarm:
     def _is_loaded(self, profile: Profile) -> bool:
         return any(i.state is State.READY for i in self._pool.instances(profile.key))
 
-    async def _load(self, profile: Profile) -> None:
-        with self._dispatch.join(Ask(profile, "prewarm")) as ticket:
-            lease = await ticket.wait()
-        if lease is not None:
-            lease.release()
+    async def _wait(self, ticket: Ticket) -> None:
+        """Until it is loaded: busy with others ahead of us is as good as free."""
+        with ticket:
+            while not self._is_loaded(ticket.ask.profile):
+                lease = await ticket.wait(_LOOK_SECONDS)
+                if lease is not None:
+                    lease.release()
+                    return
 
-    async def _load_quietly(self, profile: Profile) -> None:
+    async def _wait_quietly(self, ticket: Ticket) -> None:
         try:
-            await self._load(profile)
+            await self._wait(ticket)
         except LlameshError as error:
-            log.warning("prewarm failed", profile=profile.key, error=error.message)
+            log.warning("prewarm failed", profile=ticket.ask.profile.key, error=error.message)

@@ -161,6 +161,17 @@ def test_secrets_go_over_the_environment_and_that_over_the_file(tmp_path: Path) 
 def test_an_error_names_the_layer_that_the_value_came_from(tmp_path: Path) -> None:
     found = problems(tmp_path, "max_hops: 1\nhttp: {idle_timeout_seconds: 1}", secrets="\nmax_hops: x\n")
     assert found == ["secrets.yaml:2: max_hops: must be a whole number, not 'x' (a whole number)"]
+    section = '{"idle_timeout_seconds": "x", "cors_allowed_origins": 5}'
+    found = problems(tmp_path, "http: {idle_timeout_seconds: 1}", LLAMESH_HTTP=section)
+    assert [line.partition(": must")[0] for line in found] == [
+        "environment variable LLAMESH_HTTP: http.idle_timeout_seconds",
+        "environment variable LLAMESH_HTTP: http.cors_allowed_origins",
+    ]
+    found = problems(tmp_path, "", secrets="cluster: {noise: {tofu: false}}", LLAMESH_CLUSTER='{"noise": 5}')
+    assert found == [
+        "environment variable LLAMESH_CLUSTER: cluster.noise: must be a mapping of keys"
+        " (put its keys below it, indented)"
+    ]
     found = problems(tmp_path, "http: 5", secrets="http: {idle_timeout_seconds: 0}")
     assert found == [
         "config.yaml:1: http: must be a mapping of keys (put its keys below it, indented)",
