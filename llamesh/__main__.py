@@ -47,7 +47,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 1
     from llamesh.node import serve
 
-    with configure(settings.logging):
+    try:
+        log_writer = configure(settings.logging)
+    except OSError as error:
+        sys.stderr.write(f"llamesh: logging.directory {settings.logging.directory} can't be used: {error}\n")
+        return 1
+    with log_writer:
         return serve(settings, cookbook, engine)
 
 

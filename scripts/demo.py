@@ -29,7 +29,7 @@ START_SECONDS = 60
 STOP_SECONDS = 45
 
 CONFIG = """\
-# Written by scripts/demo at each start. Every key has a default: see examples/config.yaml.
+# Written by scripts/demo at each start. Every key has a default: see config.example.yaml.
 listen_addr: 127.0.0.1:{port}
 metrics_path: ./node-metrics.json
 """

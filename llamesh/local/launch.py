@@ -51,6 +51,7 @@ _RUN_FROM_CHECKOUT = (
 
 _CONTEXT = frozenset({"-c", "--ctx-size"})
 _FIT = frozenset({"-fit", "--fit"})
+_ALIAS = frozenset({"-a", "--alias"})
 _HOST = frozenset({"--host"})
 _PORT = frozenset({"--port"})
 _SECRETS = frozenset({"--api-key", "--hf-token", "-hft"})
@@ -242,7 +243,8 @@ def build_launch(profile: Profile, engine: Engine | None = None, *, host: str, p
 
     `-c 0` (the model's whole context), `--fit off` (no silent shrinking), `--host` and `--port` are added
     unless the profile has them; an address given by the profile is the one in the result. `--fit` is left
-    out for an `engine` that is known not to have it. Raises BadArguments.
+    out for an `engine` that is known not to have it. One that is known to have `--alias` is told the
+    model's public name, so that answers carry that and not the path of a file. Raises BadArguments.
     """
     own = profile.arguments
     added: list[str] = []
@@ -251,6 +253,8 @@ def build_launch(profile: Profile, engine: Engine | None = None, *, host: str, p
     knows_fit = engine is None or not engine.flags or not engine.flags.isdisjoint(_FIT)
     if _value_of(own, _FIT) is None and knows_fit:
         added += ["--fit", "off"]
+    if _value_of(own, _ALIAS) is None and _takes_alias(engine):
+        added += ["--alias", profile.public_name]
     given_host = _value_of(own, _HOST)
     if given_host is None:
         added += ["--host", host]
@@ -265,6 +269,10 @@ def build_launch(profile: Profile, engine: Engine | None = None, *, host: str, p
             raise BadArguments(f"{profile.key}: --port needs a number from 1 to 65535, not {given_port!r}")
         port = number
     return Launch((*_source_arguments(profile), *own, *added), host, port)
+
+
+def _takes_alias(engine: Engine | None) -> bool:
+    return engine is not None and (engine.origin == "embedded" or not engine.flags.isdisjoint(_ALIAS))
 
 
 def fixed_port(profile: Profile) -> int | None:

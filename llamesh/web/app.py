@@ -20,6 +20,7 @@ from llamesh.errors import (
     MethodNotAllowed,
     ModelNotFound,
     NotFound,
+    RequestTooLarge,
 )
 from llamesh.local.pool import Pool
 from llamesh.net.exchange import Headers
@@ -34,12 +35,13 @@ log = get_logger("app")
 
 _METHODS = ["GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"]
 
-# For a browser: scripts and requests of this node only, nothing inline, in no other page's frame.
+# For browsers: scripts and requests of this node only, nothing inline, in no other page's frame.
 _PAGE_HEADERS = {
     "content-security-policy": (
         "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self'; connect-src 'self'; "
         "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
     ),
+    "cache-control": "no-cache",  # after an upgrade, a page and its script belong together
     "x-content-type-options": "nosniff",
     "referrer-policy": "no-referrer",
 }
@@ -118,7 +120,8 @@ def build_app(
         wait = document.get("wait", True)
         if not isinstance(wait, bool):
             raise InvalidRequest("`wait` must be true or false", param="wait")
-        return _answer(await prewarm.run(wanted(document), wait=wait), 200 if wait else 202)
+        outcome = await prewarm.run(wanted(document), wait=wait)
+        return _answer(outcome, 200 if outcome["status"] == "loaded" else 202)
 
     @app.post("/admin/unload")
     async def admin_unload() -> Response:
@@ -182,6 +185,10 @@ def _error(error: Exception) -> Response:
         face = error
     elif isinstance(error, HTTPException) and error.code == 404:
         face = NotFound(f"there is nothing at {request.path[:200]}")
+    elif isinstance(error, HTTPException) and error.code == 405:
+        face = _not_allowed(getattr(error, "valid_methods", None) or ())
+    elif isinstance(error, HTTPException) and error.code == 413:
+        face = RequestTooLarge("the request body is larger than this path takes")
     elif isinstance(error, HTTPException) and error.code is not None and error.code < 500:
         face = InvalidRequest(error.description or error.name)
     else:

@@ -71,7 +71,11 @@ class Pages:
             if path == b"/version":
                 return _json(200, self.version())
         except LlameshError as error:
-            return _json(error.status, error.document())
+            status, own, body = _json(error.status, error.document())
+            own.append((b"x-llamesh-node", self._settings.node_id.encode()))
+            if error.status == 401:
+                own.append((b"www-authenticate", b"Bearer"))
+            return status, own, body
         return None
 
     # Documents.
