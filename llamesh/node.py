@@ -4,7 +4,7 @@ Shutdown, on SIGTERM or SIGINT
 1. draining: `/readyz` says 503, new requests are answered 503 `draining`; queued and running ones go on
 2. when the last request has ended, or the grace is over, instances are told to end
 3. connections close, learned values are saved, the process ends with 0
-A second signal goes straight to 2.
+A second signal, whenever it comes, skips what is left of that: instances are killed, connections cut.
 """
 
 from __future__ import annotations
@@ -146,15 +146,16 @@ class Node:
             nursery.start_soon(self._end_at_second_signal, signals, nursery.cancel_scope)
             with trio.move_on_after(grace):
                 await self._wait_idle()
-            nursery.cancel_scope.cancel()
-        self.dispatch.refuse_all(
-            lambda profile: Draining(
-                f"node {self.settings.node_id} is shutting down; {profile.key} wasn't served"
+            self.dispatch.refuse_all(
+                lambda profile: Draining(
+                    f"node {self.settings.node_id} is shutting down; {profile.key} wasn't served"
+                )
             )
-        )
-        listener.stop_accepting()
-        with trio.move_on_after(_LAST_SECONDS):
-            await self.pool.close()
+            listener.stop_accepting()
+            with trio.move_on_after(_LAST_SECONDS):
+                await self.pool.close()
+                await self._wait_idle()  # those whose instance was just ended are being told so
+            nursery.cancel_scope.cancel()
 
     async def _wait_idle(self) -> None:
         while self.stats.current_requests:

@@ -121,8 +121,15 @@ _FLAG = {"embedding": "--embedding", "rerank": "--reranking"}
 def _from_query(query: bytes) -> str | None:
     if b"model=" not in query:
         return None
-    values = parse_qs(query.decode("latin-1"), max_num_fields=64).get("model")
+    try:
+        values = parse_qs(query.decode("latin-1"), max_num_fields=64).get("model")
+    except ValueError as error:
+        raise InvalidRequest(f"malformed query: {error}") from None
     return values[0] if values else None
+
+
+_FORM_PIECE = 65_536
+_LONGEST_FIELD = 1024
 
 
 def _form_fields(content_type: bytes, body: bytes | memoryview) -> dict[str, str]:
@@ -134,22 +141,26 @@ def _form_fields(content_type: bytes, body: bytes | memoryview) -> dict[str, str
     boundary = options.get("boundary")
     if not boundary:
         raise InvalidRequest("multipart/form-data without a boundary")
-    decoder = MultipartDecoder(boundary.encode("latin-1"), max_parts=64)
-    fields: dict[str, str] = {}
+    fields: dict[str, bytes] = {}
     name: str | None = None
     try:
-        decoder.receive_data(bytes(body))
-        decoder.receive_data(None)
+        decoder = MultipartDecoder(boundary.encode("latin-1"), max_parts=64)
+        at = 0
         while True:
             event = decoder.next_event()
-            if isinstance(event, Epilogue | NeedData):
-                return fields
-            if isinstance(event, Field):
-                name = event.name if event.name in ("model", "stream") else None
-            elif isinstance(event, Data) and name is not None:
-                fields[name] = fields.get(name, "") + event.data[:256].decode("utf-8", "replace")
+            if isinstance(event, Epilogue):
+                return {name: value.decode("utf-8", "replace") for name, value in fields.items()}
+            if isinstance(event, NeedData):
+                # In pieces: a recording may have 100 MB, and the decoder copies what it is given.
+                decoder.receive_data(bytes(body[at : at + _FORM_PIECE]) if at < len(body) else None)
+                at += _FORM_PIECE
+            elif isinstance(event, Field) and event.name in ("model", "stream"):
+                name = event.name
+                fields[name] = b""
             elif not isinstance(event, Data):
                 name = None
+            elif name is not None:
+                fields[name] = (fields[name] + event.data)[:_LONGEST_FIELD]
     except (ValueError, RuntimeError) as error:
         raise InvalidRequest(f"malformed form: {error}") from None
     except Exception as error:
