@@ -268,7 +268,7 @@ def build_launch(profile: Profile, engine: Engine | None = None, *, host: str, p
         if number is None:
             raise BadArguments(f"{profile.key}: --port needs a number from 1 to 65535, not {given_port!r}")
         port = number
-    return Launch((*_source_arguments(profile), *own, *added), host, port)
+    return Launch((*source_arguments(profile), *own, *added), host, port)
 
 
 def _takes_alias(engine: Engine | None) -> bool:
@@ -319,7 +319,7 @@ def redacted(arguments: Sequence[str]) -> list[str]:
     return shown
 
 
-def _source_arguments(profile: Profile) -> tuple[str, ...]:
+def source_arguments(profile: Profile) -> tuple[str, ...]:
     match profile.source:
         case ModelPath(path):
             return ("-m", path)

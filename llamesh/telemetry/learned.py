@@ -1,6 +1,6 @@
 """What was learned about profiles by running them, kept across restarts in `metrics_path`.
 
-The file is JSON, `{"version": 1, "profiles": {"model:profile": {...}}}`; members that this
+The file is JSON, `{"version": 1, "profiles": {"model:profile": {...}}, "peaks": {...}}`; members that this
 version doesn't know are kept as they are, so that going back and forth between versions loses
 nothing. A file that can't be read is set aside with a warning: learning starts anew, the node starts.
 """
@@ -35,6 +35,17 @@ class Learned(msgspec.Struct, omit_defaults=True):
     tokens_per_second: float = 0.0
 
 
+class Peak(msgspec.Struct):
+    """The most that an instance with certain arguments was seen to hold, in MiB."""
+
+    vram_mb: int = 0
+    sysmem_mb: int = 0
+
+
+# More argument lists than anyone tries out; the one that was measured least recently goes first.
+_MOST_PEAKS = 500
+
+
 class LearnedValues:
     """The values of all profiles, in memory and in the file."""
 
@@ -44,6 +55,14 @@ class LearnedValues:
         self._unknown: dict[str, dict[str, Any]] = {}
         self._saved = b""
         self.profiles: dict[str, Learned] = {}
+        self.peaks: dict[str, Peak] = {}  # by engine and exact argument list, see local.sizing
+
+    def note_peak(self, key: str, vram_mb: int, sysmem_mb: int) -> None:
+        """Take in what an instance with the arguments of `key` holds now; only the most counts."""
+        known = self.peaks.pop(key, None) or Peak()
+        self.peaks[key] = Peak(max(known.vram_mb, vram_mb), max(known.sysmem_mb, sysmem_mb))
+        while len(self.peaks) > _MOST_PEAKS:
+            del self.peaks[next(iter(self.peaks))]
 
     def of(self, key: str) -> Learned:
         """The values of "model:profile", made empty when there are none."""
@@ -70,10 +89,12 @@ class LearnedValues:
             for key, values in profiles.items():
                 self.profiles[key] = msgspec.convert(values, Learned)
                 self._unknown[key] = {k: v for k, v in values.items() if k not in Learned.__struct_fields__}
+            self.peaks = msgspec.convert(document.pop("peaks", {}), dict[str, Peak])
             self._others = document
         except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
             self.profiles.clear()
             self._unknown.clear()
+            self.peaks.clear()
             aside = self._path.with_name(self._path.name + ".broken")
             try:
                 os.replace(self._path, aside)
@@ -88,7 +109,7 @@ class LearnedValues:
             key: {**self._unknown.get(key, {}), **msgspec.to_builtins(values)}
             for key, values in sorted(self.profiles.items())
         }
-        document = {**self._others, "version": 1, "profiles": profiles}
+        document = {**self._others, "version": 1, "profiles": profiles, "peaks": self.peaks}
         data = msgspec.json.format(msgspec.json.encode(document), indent=1)
         if data == self._saved:
             return
