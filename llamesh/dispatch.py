@@ -17,6 +17,7 @@ profiles, when room for instances is short, the queue whose head has waited long
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections import deque
 from collections.abc import Callable
@@ -103,6 +104,7 @@ class Ticket:
     def __init__(self, ask: Ask, line: _Line, dispatch: Dispatch) -> None:
         self.ask = ask
         self.since = trio.current_time()
+        self.number = next(dispatch._numbers)  # the order of coming, over all queues
         self._line = line
         self._dispatch = dispatch
         self._turn = trio.Event()
@@ -145,7 +147,7 @@ class Ticket:
             except QueueTimeout:
                 self._dispatch._leave(self)
                 raise
-            with trio.move_on_after(min(_SLICE, left, until - now)):
+            with trio.move_on_after(min(left, until - now)):
                 await self._turn.wait()
         if self._error is not None:
             raise self._error
@@ -183,6 +185,7 @@ class Dispatch:
         self._pool = pool
         self._learned = learned
         self._lines: dict[str, _Line] = {}  # only those with someone in them
+        self._numbers = itertools.count()
         self._settling = False
         self._again = False
         pool.on_change = self._on_change
@@ -276,7 +279,7 @@ class Dispatch:
         try:
             while self._again:
                 self._again = False
-                for line in sorted(self._lines.values(), key=lambda line: line.tickets[0].since):
+                for line in sorted(self._lines.values(), key=lambda line: line.tickets[0].number):
                     self._settle_line(line)
         finally:
             self._settling = False
@@ -367,7 +370,7 @@ class Dispatch:
                 extra=extra,
             )
         # Never at once: while the clock stands still, what is left doesn't shrink.
-        return max(limit / 1000 - spent, _SHORTEST)
+        return min(_SLICE, max(limit / 1000 - spent, _SHORTEST))
 
     def loading_info(self, instance: Instance) -> dict[str, object]:
         """The `loading` member of a refusal: {model, state, node, progress?, eta_seconds?}."""

@@ -44,12 +44,12 @@ _TICK = 0.5
 
 @dataclass(slots=True)
 class Trouble:
-    """Failed starts in a row. `rest_until`: trio's time; `series`: exhausted rounds in a row."""
+    """Failed starts in a row. `rest_until`: trio's time; `next_rest`: after this round, in seconds."""
 
     failures: int = 0
-    series: int = 0
     last: Failure | None = None
     rest_until: float = 0.0
+    next_rest: float = _REST
 
     @property
     def exhausted(self) -> bool:
@@ -68,7 +68,10 @@ class Pool:
         ledger: Ledger,
         stats: NodeStats,
         learned: LearnedValues,
+        *,
+        instance_type: type[Instance] = Instance,
     ) -> None:
+        """`instance_type` is for tests."""
         self.engine = engine
         self.on_change: Callable[[str], None] = lambda key: None
         self._settings = settings
@@ -76,6 +79,7 @@ class Pool:
         self._ledger = ledger
         self._stats = stats
         self._learned = learned
+        self._instance_type = instance_type
         self._instances: dict[str, list[Instance]] = {}
         self._trouble: dict[str, Trouble] = {}
         self._count = 0
@@ -128,7 +132,8 @@ class Pool:
     def spawn(self, profile: Profile) -> Instance:
         """Start one more instance; it is STARTING when this returns. Raises NoFreePort, BadArguments.
 
-        After NoFreePort, `on_change` comes again when it is time for another try.
+        After NoFreePort, and OSError where there are no sockets to look with, `on_change` comes again
+        when it is time for another try.
         """
         nursery = self._nursery
         assert nursery is not None, "the pool isn't running"  # noqa: S101
@@ -139,7 +144,7 @@ class Pool:
             port.close()
             raise
         self._count += 1
-        instance = Instance(
+        instance = self._instance_type(
             f"{profile.key}#{self._count}",
             profile,
             self.engine,
@@ -160,10 +165,10 @@ class Pool:
         number, key = fixed_port(profile), profile.key
         try:
             return self._ports.claim(number, user=key) if number else self._ports.reserve(user=key)
-        except NoFreePort:
+        except (NoFreePort, OSError):
             if key not in self._port_wait:
                 self._port_wait.add(key)
-                nursery.start_soon(self._wake_later, key, _PORT_PAUSE)
+                nursery.start_soon(self._wake_at, key, trio.current_time() + _PORT_PAUSE)
             raise
 
     def drain(self, ids: tuple[str, ...], reason: str) -> None:
@@ -172,6 +177,8 @@ class Pool:
             if instance.id in ids:
                 log.info("draining", instance=instance.id, reason=reason)
                 instance.drain(reason)
+                # What was about to be ready isn't any more: those who wait may need another one.
+                self.on_change(instance.profile.key)
 
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """Own all instances. Cancelling it kills them; use `close` for a gentle end."""
@@ -239,17 +246,19 @@ class Pool:
     def _note_failed_start(self, key: str, instance: Instance) -> None:
         now = trio.current_time()
         trouble = self._trouble.setdefault(key, Trouble())
-        if trouble.exhausted:
-            trouble.failures = 0
-        trouble.failures += 1
         trouble.last = instance.failure
+        self._stats.profile(key).start_failures_total += 1
+        if trouble.exhausted and now < trouble.rest_until:
+            # Begun beside the one that was the last try of the round, which is over: no new one.
+            log.error("start failed", instance=instance.id, error=str(instance.failure))
+            return
+        trouble.failures = 1 if trouble.exhausted else trouble.failures + 1
         if trouble.exhausted:
-            pause = min(_REST_MAX, _REST * 2**trouble.series)
-            trouble.series += 1
+            pause = trouble.next_rest
+            trouble.next_rest = min(_REST_MAX, pause * 2)
         else:
             pause = _RETRY_PAUSE * 2 ** (trouble.failures - 1)
         trouble.rest_until = now + pause
-        self._stats.profile(key).start_failures_total += 1
         log.error(
             "start failed",
             instance=instance.id,
@@ -258,10 +267,10 @@ class Pool:
             next_try_in_seconds=round(pause, 1),
         )
         if self._nursery is not None:
-            self._nursery.start_soon(self._wake_later, key, pause)
+            self._nursery.start_soon(self._wake_at, key, trouble.rest_until)
 
-    async def _wake_later(self, key: str, pause: float) -> None:
-        await trio.sleep(pause + 0.001)
+    async def _wake_at(self, key: str, moment: float) -> None:
+        await trio.sleep_until(moment)
         self._port_wait.discard(key)
         self.on_change(key)
 

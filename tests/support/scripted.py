@@ -19,7 +19,8 @@ import trio.testing
 from llamesh.config.cookbook import FromArguments, Profile
 from llamesh.config.settings import Settings
 from llamesh.core.lifecycle import State
-from llamesh.dispatch import Ask, Dispatch
+from llamesh.dispatch import Ask, Dispatch, Lease
+from llamesh.errors import LlameshError
 from llamesh.local.instance import Failure, Instance
 from llamesh.local.launch import Engine
 from llamesh.local.orphans import Ledger
@@ -139,6 +140,16 @@ class World:
     stage: Stage
     stats: NodeStats
     learned: LearnedValues
+    nursery: trio.Nursery
+    order: list[Client] = field(default_factory=list)  # as they were served or refused
+
+    async def clients(self, count: int, wanted: Profile) -> list[Client]:
+        """Clients that join one after the other."""
+        made = []
+        for _ in range(count):
+            made.append(Client(self, wanted))
+            await trio.testing.wait_all_tasks_blocked()
+        return made
 
     def instance(self, profile: Profile) -> Scripted:
         """The profile's only instance."""
@@ -155,6 +166,43 @@ def profile(name: str = "m", **more: Any) -> Profile:
 def ask(wanted: Profile, *, streams: bool = True) -> Ask:
     """A request for it."""
     return Ask(wanted, "id", streams)
+
+
+async def get(dispatch: Dispatch, wanted: Profile, *, streams: bool = True) -> Lease:
+    """A lease, as the relay gets one."""
+    wish = ask(wanted, streams=streams)
+    lease = dispatch.take(wish)
+    if lease is None:
+        with dispatch.join(wish) as ticket:
+            lease = await ticket.wait()
+    assert lease is not None
+    return lease
+
+
+class Client:
+    """Someone who waits in a queue, and holds what came of it."""
+
+    def __init__(self, here: World, wanted: Profile) -> None:
+        self.lease: Lease | None = None
+        self.error: LlameshError | None = None
+        self.after = 0.0
+        self.scope = trio.CancelScope()
+        self._here, self._wanted = here, wanted
+        here.nursery.start_soon(self._run)
+
+    @property
+    def waits(self) -> bool:
+        return self.lease is None and self.error is None
+
+    async def _run(self) -> None:
+        begun = trio.current_time()
+        with self.scope:
+            try:
+                self.lease = await get(self._here.dispatch, self._wanted)
+            except LlameshError as error:
+                self.error = error
+            self._here.order.append(self)
+            self.after = trio.current_time() - begun
 
 
 @asynccontextmanager
@@ -176,13 +224,15 @@ async def world(
         instance_type=type("Staged", (Scripted,), {"stage": stage}),
     )
     dispatch = Dispatch(made, pool, learned)
-    async with trio.open_nursery() as nursery:
-        await nursery.start(pool.run)
-        yield World(dispatch, pool, stage, stats, learned)
-        await trio.testing.wait_all_tasks_blocked()  # those who were cancelled have left
-        assert dispatch.queue_length() == 0
-        assert [one for one in pool.all() if one._slots.leased] == []
-        await pool.close()
-        assert list(pool.all()) == []
-        assert ports.reserved == {}
-        nursery.cancel_scope.cancel()
+    # Virtual seconds: what waits for ever fails instead of hanging.
+    with trio.fail_after(20_000):
+        async with trio.open_nursery() as nursery:
+            await nursery.start(pool.run)
+            yield World(dispatch, pool, stage, stats, learned, nursery)
+            await trio.testing.wait_all_tasks_blocked()  # those who were cancelled have left
+            assert dispatch.queue_length() == 0
+            assert [one for one in pool.all() if one._slots.leased] == []
+            await pool.close()
+            assert list(pool.all()) == []
+            assert ports.reserved == {}
+            nursery.cancel_scope.cancel()

@@ -1,0 +1,136 @@
+"""What was learned survives a restart, and nothing in the file or around it stops a node."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from llamesh.telemetry.learned import Learned, LearnedValues, Peak
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    return tmp_path / "metrics.json"
+
+
+def loaded(path: Path) -> LearnedValues:
+    values = LearnedValues(path)
+    values.load()
+    return values
+
+
+def test_a_round_trip(path: Path) -> None:
+    values = loaded(path)
+    assert values.profiles == {}
+    values.of("m:default").n_ctx = 4096
+    values.of("m:default").load_seconds = 1.5
+    values.of("n:fast")
+    values.save()
+    assert loaded(path).profiles == {"m:default": Learned(n_ctx=4096, load_seconds=1.5), "n:fast": Learned()}
+    assert [entry.name for entry in path.parent.iterdir()] == [path.name]
+
+
+@given(
+    st.dictionaries(
+        st.text(min_size=1),
+        st.builds(Learned, n_ctx=st.integers(0, 1 << 31), tokens_per_second=st.floats(0, 1e6)),
+    )
+)
+def test_any_names(tmp_path_factory: pytest.TempPathFactory, profiles: dict[str, Learned]) -> None:
+    path = tmp_path_factory.mktemp("learned") / "metrics.json"
+    values = LearnedValues(path)
+    values.profiles = dict(profiles)
+    values.save()
+    assert loaded(path).profiles == profiles
+
+
+def test_what_a_later_version_wrote_is_kept(path: Path) -> None:
+    path.write_text(
+        json.dumps({"version": 1, "future": [1], "profiles": {"m:d": {"n_ctx": 5, "colour": "blue"}}})
+    )
+    values = loaded(path)
+    values.of("m:d").n_slots = 2
+    values.save()
+    assert json.loads(path.read_text()) == {
+        "version": 1,
+        "future": [1],
+        "profiles": {"m:d": {"n_ctx": 5, "n_slots": 2, "colour": "blue"}},
+        "peaks": {},
+    }
+
+
+def test_peaks_only_grow_and_the_oldest_are_forgotten(path: Path) -> None:
+    values = loaded(path)
+    for number in range(600):
+        values.note_peak(f"engine {number}", 10, 20)
+        values.note_peak("engine 0", number, 5)
+    values.save()
+    peaks = loaded(path).peaks
+    assert len(peaks) == 500
+    assert peaks["engine 0"] == Peak(599, 20)
+    assert "engine 1" not in peaks
+
+
+def test_nothing_is_written_when_nothing_changed(path: Path) -> None:
+    values = loaded(path)
+    values.of("m:d").n_ctx = 5
+    values.save()
+    os.utime(path, (1, 1))
+    values.save()
+    assert path.stat().st_mtime == 1
+    values.of("m:d").n_ctx = 6
+    values.save()
+    assert path.stat().st_mtime != 1
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"",
+        b"\x00\xff",
+        b"[]",
+        b"{",
+        b'{"profiles": []}',
+        b'{"profiles": {"m:d": 3}}',
+        b'{"profiles": {"good:d": {}}, "peaks": [1]}',
+        b'{"profiles": {"good:d": {"n_ctx": 1}, "m:d": {"n_ctx": "many"}}}',
+        b'{"a": ' + b"[" * 100_000,
+    ],
+)
+def test_a_broken_file_is_set_aside(path: Path, content: bytes) -> None:
+    path.write_bytes(content)
+    values = loaded(path)
+    assert values.profiles == {}
+    assert path.with_name("metrics.json.broken").read_bytes() == content
+    values.of("m:d").n_ctx = 1
+    values.save()
+    assert loaded(path).of("m:d").n_ctx == 1
+
+
+def test_a_directory_in_its_place_is_left_alone(path: Path) -> None:
+    path.mkdir()
+    (path / "precious").touch()
+    values = loaded(path)
+    values.of("m:d").n_ctx = 1
+    values.save()
+    assert (path / "precious").exists()
+    assert [entry.name for entry in path.parent.iterdir()] == [path.name]
+
+
+def test_a_place_that_cant_be_written_is_no_error(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    values = loaded(tmp_path / "file" / "metrics.json")
+    values.of("m:d").n_ctx = 1
+    values.save()
+    assert values.of("m:d").n_ctx == 1
+
+
+def test_folders_are_made(tmp_path: Path) -> None:
+    values = loaded(tmp_path / "new" / "folder" / "metrics.json")
+    values.save()
+    assert (tmp_path / "new" / "folder" / "metrics.json").exists()
