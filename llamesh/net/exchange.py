@@ -68,7 +68,7 @@ class _Response:
         self.complete = False
         self.keep_alive = False
         self.overrun = False
-        self.received = 0  # bytes, until the head is complete
+        self.received = 0  # bytes of the present head, until it is complete; 0 = nothing came at all
         self.on_interim = on_interim
         self._chunked = False
         self._parts: list[bytes] = []
@@ -102,6 +102,7 @@ class _Response:
             if self.on_interim is not None:
                 self.on_interim(self._parser.get_status_code(), self.headers)
             self.headers = []
+            self.received = 1  # something came, but the limit is for one head, not for many interim ones
             return
         self.keep_alive = self._parser.should_keep_alive()  # valid only here
         self.complete = True
@@ -182,7 +183,7 @@ class UpstreamConnection:
             response.received += len(data)
         try:
             response.feed(data)
-        except httptools.HttpParserError as error:
+        except (httptools.HttpParserError, httptools.HttpParserUpgrade) as error:
             raise UpstreamBroken(f"not an HTTP response: {error}", started=True) from error
         if response.overrun:
             raise UpstreamBroken("bytes after the end of the response", started=True)

@@ -68,6 +68,8 @@ class HangupWatch:
                 # Removed in the meantime, by an earlier callback of this round: nothing to tell.
                 callback = self._callbacks.get(number)
                 if callback is not None:
+                    # A half close may be followed by the other half: that is the same departure.
+                    self._callbacks[number] = _told
                     callback()
 
     async def _run_peeking(self) -> None:
@@ -82,6 +84,10 @@ class HangupWatch:
         """Release the descriptor, after `run` ended and the last socket was removed."""
         if self._epoll is not None:
             self._epoll.close()
+
+
+def _told() -> None:
+    """Stands for a callback that was made."""
 
 
 def _has_left(sock: socket.socket) -> bool:

@@ -126,7 +126,7 @@ def parse_head(data: bytes) -> RequestHead:
     for name, value in headers:
         if name == b"content-length":
             # httptools refuses two different lengths; two equal ones are a smuggler's tool as well.
-            if head.length is not None or not value.isdigit():
+            if head.length is not None or not value.isdigit() or len(value) > 20:
                 raise BadRequest("Content-Length must be one number")
             head.length = int(value)
         elif name == b"transfer-encoding":
@@ -145,9 +145,12 @@ def parse_head(data: bytes) -> RequestHead:
         raise BadRequest("exactly one Host header is needed")
     if not parts.target.startswith(b"/") and parts.target != b"*":
         raise BadRequest("the request target must be a path")
-    # httptools says "keep alive" for a body in chunks only after the body.
-    if head.version == "1.1" and not _has_token(headers, b"connection", b"close"):
-        head.keep_alive = True
+    if head.version == "1.1":
+        # httptools says "keep alive" for a body in chunks only after the body, and reads one token only.
+        head.keep_alive = not _has_token(headers, b"connection", b"close")
+    elif not data.partition(b"\r\n")[0].endswith(b" HTTP/1.0"):
+        # httptools also takes HTTP/0.9, HTTP/2.0 without its preface, RTSP and ICE.
+        raise BadRequest("the request line must end with HTTP/1.1 or HTTP/1.0")
     return head
 
 
@@ -221,7 +224,7 @@ class ChunkDecoder:
                 raise BadRequest("a chunk is longer than its size")
             self._state = "size"
         else:
-            self._trailers += len(line)
+            self._trailers += len(line) + 2
             if self._trailers > _MAX_TRAILERS:
                 raise BadRequest("trailers are too large")
             if not line:

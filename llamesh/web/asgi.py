@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable
+import re
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
 from typing import Any
 
 import trio
 
-from llamesh.errors import LlameshError, RequestTimeout, RequestTooLarge
+from llamesh.errors import InvalidRequest, LlameshError, RequestTimeout, RequestTooLarge
 from llamesh.net.exchange import Headers
 from llamesh.web.body import Body
+from llamesh.web.cors import Cors
 from llamesh.web.gateway import Gateway
 from llamesh.web.headers import request_id
 from llamesh.web.openai import ROUTES, Route
@@ -22,6 +25,15 @@ Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
 Asgi = Callable[[Scope, Receive, Send], Awaitable[None]]
 
+# Visible ASCII: what a request line can carry.
+_QUERY = re.compile(rb"[!-~]*")
+
+# For so long an answer that has its last piece may take to end after the client left.
+_END_SECONDS = 1.0
+
+# For so long an answer waits for the rest of a request that it doesn't need.
+_LINGER_SECONDS = 5.0
+
 
 class Application:
     """The application that Hypercorn serves."""
@@ -29,42 +41,66 @@ class Application:
     def __init__(self, gateway: Gateway, app: Asgi) -> None:
         self._gateway = gateway
         self._app = app
+        self._cors = Cors.of(gateway.settings.http.cors_allowed_origins)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """See the ASGI specification, 3.0."""
-        if scope["type"] == "http" and scope["method"] == "POST":
-            route = ROUTES.get(scope["raw_path"])
-            if route is not None:
-                await self._infer(route, scope, receive, send)
-                return
-        await self._app(scope, receive, _closing(send) if _is_http1(scope) else send)
+        with scope["state"]["connection"].answering():
+            await self._answer(scope, receive, send)
 
-    async def _infer(self, route: Route, scope: Scope, receive: Receive, send: Send) -> None:
+    async def _answer(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        exchange = _Exchange(scope, receive, send)
+        if self._cors is not None:
+            preflight = self._cors.preflight(scope["method"], scope["headers"])
+            if preflight is not None:
+                exchange.extra += preflight
+                async with exchange.draining():
+                    await exchange.send({"type": "http.response.start", "status": 204, "headers": []})
+                    await exchange.send({"type": "http.response.body", "body": b""})
+                return
+            exchange.extra += self._cors.headers(scope["headers"])
+        route = ROUTES.get(scope["raw_path"]) if scope["method"] == "POST" else None
+        if route is not None:
+            await self._infer(route, scope, exchange)
+        else:
+            exchange.extra.append((b"x-request-id", request_id(scope["headers"]).encode()))
+            await self._app(scope, exchange.receive, exchange.send)
+
+    async def _infer(self, route: Route, scope: Scope, exchange: _Exchange) -> None:
         headers: Headers = list(scope["headers"])
         id = request_id(headers)  # noqa: A001
-        sink = AsgiSink(send, scope)
+        sink = AsgiSink(exchange.send, scope)
         started = trio.current_time()
         gateway = self._gateway
         with Body(gateway.budget) as body:
             try:
+                _check_query(scope["query_string"])
                 gateway.admit(headers)
-                if not await self._read(receive, body):
+                if not await self._read(headers, exchange.receive, body):
                     return
             except LlameshError as error:
                 gateway.stats.rejected[error.type] += 1
-                await gateway.refuse(error, id, sink)
-                if _is_http1(scope):
-                    await self._drain(receive)
+                if isinstance(error, RequestTimeout):
+                    exchange.expect_no_more()
+                async with exchange.draining():
+                    await gateway.refuse(error, id, sink)
                 return
             inbound = Inbound(scope["raw_path"], scope["query_string"], headers, body, id, started)
             async with trio.open_nursery() as nursery:
-                nursery.start_soon(self._watch, receive, sink, nursery.cancel_scope)
+                nursery.start_soon(self._watch, exchange.receive, sink, nursery.cancel_scope)
                 await gateway.infer(inbound, route, sink)
                 nursery.cancel_scope.cancel()
 
-    async def _read(self, receive: Receive, body: Body) -> bool:
+    async def _read(self, headers: Headers, receive: Receive, body: Body) -> bool:
         http = self._gateway.settings.http
         limit = http.request_body_limit_bytes
+        if any(
+            name == b"content-length" and value.isdigit() and int(value) > limit for name, value in headers
+        ):
+            raise _too_large(limit)
         while True:
             with trio.move_on_after(http.body_read_timeout_ms / 1000) as scope:
                 message = await receive()
@@ -74,44 +110,81 @@ class Application:
                 return False
             body.add(message.get("body", b""))
             if body.length > limit:
-                raise RequestTooLarge(
-                    f"the request body is larger than http.request_body_limit_bytes ({limit})"
-                )
+                raise _too_large(limit)
             if not message.get("more_body"):
                 return True
-
-    @staticmethod
-    async def _drain(receive: Receive) -> None:
-        """Read what the client still sends, within bounds, so that it gets to read its answer."""
-        taken = 0
-        with trio.move_on_after(2):
-            while taken < 4 << 20:
-                message = await receive()
-                if message["type"] == "http.disconnect" or not message.get("more_body"):
-                    return
-                taken += len(message.get("body", b""))
 
     @staticmethod
     async def _watch(receive: Receive, sink: AsgiSink, scope: trio.CancelScope) -> None:
         while (await receive())["type"] != "http.disconnect":
             pass
-        if not sink.finished:  # a finished response is reported as a disconnect, too
-            scope.cancel()
+        if sink.finished:
+            # The end of an answer is reported as a disconnect, too. But when the client left at the
+            # same moment, Hypercorn may wait for ever to send the last piece.
+            await trio.sleep(_END_SECONDS)
+        scope.cancel()
 
 
 def _is_http1(scope: Scope) -> bool:
     return str(scope.get("http_version", "1.1")).startswith("1")
 
 
-def _closing(send: Send) -> Send:
-    """HTTP/1 connections close after one request, so that no client stays in this lane by accident."""
+def _check_query(query: bytes) -> None:
+    # HTTP/2 lets through what would end the request line on the way to the instance.
+    if not _QUERY.fullmatch(query):
+        raise InvalidRequest("the query has characters that must be percent-encoded")
 
-    async def wrapped(message: Message) -> None:
+
+def _too_large(limit: int) -> RequestTooLarge:
+    return RequestTooLarge(f"the request body is larger than http.request_body_limit_bytes ({limit})")
+
+
+class _Exchange:
+    """ASGI's receive and send of one request, with `extra` headers for its response.
+
+    The answer doesn't end before the request did, within bounds. On HTTP/1 a client that still sends
+    would get a reset instead of its answer; on HTTP/2 Hypercorn forgets a stream whose answer ended,
+    and the next piece of its request would break the connection for all other streams.
+    """
+
+    def __init__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        # HTTP/1 connections close after one request, so that no client stays in this lane by accident.
+        self.extra: Headers = [(b"connection", b"close")] if _is_http1(scope) else []
+        self._receive = receive
+        self._send = send
+        self._read = trio.Event()
+
+    async def receive(self) -> Message:
+        message = await self._receive()
+        if message["type"] != "http.request" or not message.get("more_body"):
+            self._read.set()
+        return message
+
+    async def send(self, message: Message) -> None:
         if message["type"] == "http.response.start":
-            message = {**message, "headers": [*message["headers"], (b"connection", b"close")]}
-        await send(message)
+            message = {**message, "headers": [*message["headers"], *self.extra]}
+        elif not message.get("more_body") and not self._read.is_set():
+            await self._send({**message, "more_body": True})
+            with trio.move_on_after(_LINGER_SECONDS):
+                await self._read.wait()  # somebody else receives: the application, or `draining`
+            message = {"type": "http.response.body", "body": b"", "more_body": False}
+        await self._send(message)
 
-    return wrapped
+    def expect_no_more(self) -> None:
+        """The client stopped sending: don't wait for the rest."""
+        self._read.set()
+
+    @asynccontextmanager
+    async def draining(self) -> AsyncIterator[None]:
+        """Receive and drop the rest of the request meanwhile."""
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(self._drain)
+            yield
+            nursery.cancel_scope.cancel()
+
+    async def _drain(self) -> None:
+        while not self._read.is_set():
+            await self.receive()
 
 
 class AsgiSink:
@@ -122,7 +195,6 @@ class AsgiSink:
         self.finished = False
         self._send = send
         self._head: Message | None = None
-        self._extra: Headers = [(b"connection", b"close")] if _is_http1(scope) else []
         self._connection: ReplayStream = scope["state"]["connection"]
         self._aborted = False
 
@@ -131,11 +203,7 @@ class AsgiSink:
         self.started = True
         if length is not None:
             headers = [*headers, (b"content-length", b"%d" % length)]
-        self._head = {
-            "type": "http.response.start",
-            "status": status,
-            "headers": [*headers, *self._extra],
-        }
+        self._head = {"type": "http.response.start", "status": status, "headers": headers}
 
     async def write(self, data: bytes) -> None:
         """See `Sink.write`."""

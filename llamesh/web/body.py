@@ -14,6 +14,11 @@ from collections.abc import Sequence
 from types import TracebackType
 from typing import IO
 
+from llamesh.errors import InternalError
+from llamesh.telemetry.logs import get_logger
+
+log = get_logger("body")
+
 # Larger bodies spool: those are images, and a copy through the page cache is cheap beside reading them.
 SPOOL_ABOVE = 1 << 20
 
@@ -59,18 +64,24 @@ class Body:
         self.close()
 
     def add(self, data: bytes) -> None:
-        """Append. Raises OSError when the disk is full."""
+        """Append. Raises InternalError when there is no room for it on the disk."""
         if not data:
             return
         self.length += len(data)
-        if self._file is None:
-            if self.length <= SPOOL_ABOVE and self._budget.used + len(data) <= self._budget.limit:
-                self._chunks.append(data)
-                self._budget.used += len(data)
-                return
-            self._spool()
-        assert self._file is not None  # noqa: S101
-        self._file.write(data)
+        fits = self.length <= SPOOL_ABOVE and self._budget.used + len(data) <= self._budget.limit
+        if self._file is None and fits:
+            self._chunks.append(data)
+            self._budget.used += len(data)
+            return
+        try:
+            if self._file is None:
+                self._spool()
+            assert self._file is not None  # noqa: S101
+            self._file.write(data)
+        except OSError as error:
+            # Not the client's connection, which OSError means to those who read from it.
+            log.error("can't spool a request body", error=str(error))
+            raise InternalError("the node has no room for the request body") from error
 
     def view(self) -> bytes | memoryview:
         """All bytes in one piece. Closed with the body: keep no reference to it."""

@@ -29,6 +29,7 @@ from llamesh.net.sweep import Sweep
 from llamesh.net.transport import SocketTransport
 from llamesh.telemetry.logs import get_logger
 from llamesh.web.body import Body
+from llamesh.web.cors import Cors
 from llamesh.web.gateway import Gateway
 from llamesh.web.headers import request_id, response_head
 from llamesh.web.openai import ROUTES, Route
@@ -38,7 +39,10 @@ from llamesh.web.tls import Certificate
 log = get_logger("http")
 
 _TLS_HANDSHAKE = b"\x16"
+_LINE_END = (b"\r", b"\n")
 _PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
+
+_BODILESS = (204, 304)
 
 # After an answer to a request whose body wasn't read: read on for this long, so that the client
 # gets to see the answer instead of a reset (it is still sending).
@@ -75,6 +79,7 @@ class FastLane:
         self.certificate = (
             Certificate(gateway.settings.server_tls) if gateway.settings.server_tls.enabled else None
         )
+        self.cors = Cors.of(http.cors_allowed_origins)
         self.closing = False  # answer what is there, keep no connection alive
 
     async def serve(self, sock: socket.socket) -> None:
@@ -87,14 +92,15 @@ class FastLane:
     async def _serve_tls(self, sock: socket.socket, context: ssl.SSLContext) -> None:
         """TLS goes to the slow lane; anything else on this port is refused in plain words."""
         data = b""
-        with trio.move_on_after(self.first_byte_seconds):
-            data = await SocketTransport(sock).receive()
-        if data.startswith(_TLS_HANDSHAKE):
-            await self.slow_lane.serve(sock, data, context)
-            return
         try:
-            if data:
+            with trio.move_on_after(self.first_byte_seconds):
+                data = await SocketTransport(sock).receive()
+            if data.startswith(_TLS_HANDSHAKE):
+                await self.slow_lane.serve(sock, data, context)
+            elif data:
                 await Connection(sock, self).refuse(InvalidRequest("this port speaks HTTPS; use https://"))
+        except OSError as error:
+            log.debug("connection lost", error=str(error))
         finally:
             trio.lowlevel.notify_closing(sock)
             sock.close()
@@ -105,6 +111,7 @@ class Connection:
 
     __slots__ = (
         "_chunked",
+        "_cors",
         "_handed_over",
         "_keep_alive",
         "_lane",
@@ -131,6 +138,7 @@ class Connection:
         self._reason: LlameshError | None = None
         self._pending = b""
         self._chunked = False
+        self._cors: Headers = []  # what answers say about the request's origin
         self.started = False
         self.deadline = trio.current_time() + lane.first_byte_seconds
 
@@ -188,6 +196,8 @@ class Connection:
             await self._refuse_bytes(error)
             return False
         self._keep_alive = head.keep_alive and not lane.closing
+        if lane.cors is not None:
+            self._cors = lane.cors.headers(head.headers)
         route = ROUTES.get(head.path) if head.method == b"POST" else None
         if head.version != "1.1" or head.upgrade:
             return await self._hand_over()
@@ -208,10 +218,11 @@ class Connection:
 
     async def _read_head(self) -> int:
         """Length of the next request's head in `_unread`; 0 at the end of the stream, -1 for HTTP/2."""
-        while self._unread.startswith(b"\r\n"):
-            self._unread = self._unread[2:]  # RFC 9112, 2.2: an empty line before a request is harmless
         waiting = trio.current_time()
         while True:
+            if self._unread[:1] in _LINE_END:
+                # RFC 9112, 2.2: an empty line before a request is harmless.
+                self._unread = self._unread.lstrip(b"\r\n")
             if self._unread:
                 if _PREFACE.startswith(self._unread[: len(_PREFACE)]):
                     if len(self._unread) >= len(_PREFACE):
@@ -250,12 +261,12 @@ class Connection:
             try:
                 if not await self._read_body(head, body):
                     self._keep_alive = False
+                    self._reason = None
                     return
             except BadRequest as error:
-                self._keep_alive = False
-                await gateway.refuse(InvalidRequest(str(error)), id, self, route)
+                await self._refuse_unread(InvalidRequest(str(error)), id, head)
                 return
-            except RequestTooLarge as error:
+            except LlameshError as error:
                 await self._refuse_unread(error, id, head)
                 return
             self.deadline = math.inf
@@ -307,6 +318,7 @@ class Connection:
 
     async def _hand_over(self) -> bool:
         self._unwatch()
+        self._reason = None
         self._handed_over = True
         sock = self._transport.detach()
         unread, self._unread = self._unread, b""
@@ -317,7 +329,7 @@ class Connection:
 
     async def _answer_page(self, page: tuple[int, Headers, bytes], head: RequestHead) -> None:
         status, headers, body = page
-        headers = [*headers, (b"x-request-id", request_id(head.headers).encode())]
+        headers = [*headers, *self._cors, (b"x-request-id", request_id(head.headers).encode())]
         data = response_head(status, headers, length=len(body), keep_alive=self._keep_alive)
         self._reason = None
         self.deadline = trio.current_time() + self._lane.idle_seconds
@@ -327,6 +339,7 @@ class Connection:
         self._lane.gateway.stats.bad_heads += 1
         log.info("bad request", error=str(error))
         self._keep_alive = False
+        self._reason = None
         face = HeadersTooLarge(str(error)) if error.too_large else InvalidRequest(str(error))
         await self._say(face)
         await self._linger()
@@ -341,7 +354,7 @@ class Connection:
         log.info("request", request_id=id, path=head.path.decode("ascii", "replace"), error=error.type)
         self._lane.gateway.stats.rejected[error.type] += 1
         await self._lane.gateway.refuse(error, id, self)
-        if not at_hand and not head.expects_continue:
+        if not at_hand and (self._unread or not head.expects_continue):
             await self._linger()
 
     async def refuse(self, error: LlameshError) -> None:
@@ -380,8 +393,13 @@ class Connection:
     def start(self, status: int, headers: Headers, *, length: int | None) -> None:
         """See `Sink.start`."""
         self.started = True
-        self._chunked = length is None
-        self._pending = response_head(status, headers, length=length, keep_alive=self._keep_alive)
+        if self._cors:
+            headers = [*headers, *self._cors]
+        has_body = status not in _BODILESS
+        self._chunked = length is None and has_body
+        self._pending = response_head(
+            status, headers, length=length, keep_alive=self._keep_alive, has_body=has_body
+        )
 
     async def write(self, data: bytes) -> None:
         """See `Sink.write`."""

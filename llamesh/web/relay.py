@@ -149,7 +149,7 @@ class Relay:
         connection: UpstreamConnection | None = None
         complete = working = False
         try:
-            connection = await lease.connect()
+            connection = await lease.connect(fresh=outcome.attempts > 1)
             request = self._request(inbound, lease.instance, route)
             parts = inbound.body.parts()
             working = True

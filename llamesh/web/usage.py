@@ -16,6 +16,9 @@ from llamesh.telemetry.stats import Usage
 _KEEP_PIECES = 6
 _KEEP_BYTES = 16_384
 
+# Embeddings have it in front of their numbers.
+_KEEP_START = 1024
+
 _NUMBER = re.compile(
     rb'"(completion_tokens|output_tokens|prompt_tokens|input_tokens'
     rb'|predicted_n|cache_n|prompt_n|predicted_ms)"\s*:\s*(\d+(?:\.\d+)?)'
@@ -25,23 +28,26 @@ _NUMBER = re.compile(
 class UsageScan:
     """Feed it the pieces of a body as they pass; `result` at the end."""
 
-    __slots__ = ("_events", "_pieces", "_streams")
+    __slots__ = ("_events", "_pieces", "_start", "_streams")
 
     def __init__(self, *, streams: bool) -> None:
         self._pieces: deque[bytes] = deque(maxlen=_KEEP_PIECES)
         self._streams = streams
         self._events = 0
+        self._start = b""
 
     def feed(self, piece: bytes) -> None:
         """Note one piece; costs one search in C."""
-        self._pieces.append(piece)
         if self._streams:
             self._events += piece.count(b"data: ")
+        elif not self._pieces:
+            self._start = piece[:_KEEP_START]
+        self._pieces.append(piece)
 
     def result(self) -> Usage:
         """The tokens of the answer; of a stream that was cut, its events so far."""
         tail = b"".join(self._pieces)[-_KEEP_BYTES:]
-        found = dict(_NUMBER.findall(tail))
+        found = dict(_NUMBER.findall(self._start) + _NUMBER.findall(tail))
         usage = Usage()
         generated = (
             found.get(b"predicted_n") or found.get(b"completion_tokens") or found.get(b"output_tokens")
