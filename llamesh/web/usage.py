@@ -47,7 +47,7 @@ class UsageScan:
     def result(self) -> Usage:
         """The tokens of the answer; of a stream that was cut, its events so far."""
         tail = b"".join(self._pieces)[-_KEEP_BYTES:]
-        found = dict(_NUMBER.findall(self._start) + _NUMBER.findall(tail))
+        found = _numbers(tail) or _numbers(self._start)
         usage = Usage()
         generated = (
             found.get(b"predicted_n") or found.get(b"completion_tokens") or found.get(b"output_tokens")
@@ -65,3 +65,9 @@ class UsageScan:
         usage.cached_tokens = cached
         usage.predicted_ms = float(found.get(b"predicted_ms", 0))
         return usage
+
+
+def _numbers(data: bytes) -> dict[bytes, bytes]:
+    """The figures of the last `usage` and `timings` in `data`; looks only from there on."""
+    starts = [at for at in (data.rfind(b'"usage"'), data.rfind(b'"timings"')) if at >= 0]
+    return dict(_NUMBER.findall(data, min(starts))) if starts else {}

@@ -1,0 +1,374 @@
+"""One client connection in the fast lane: HTTP/1.1 on a raw socket.
+
+    read a head -> is it for this lane? -> read the body -> gateway -> next head on the same connection
+
+It answers the inference routes and the GETs that OpenAI clients begin with. Everything else (other
+paths, HTTP/1.0, HTTP/2, upgrades) is handed over with the bytes read so far, before any of it was
+answered.
+
+One task per connection and no more. While a request is worked on, nobody reads the client's
+socket: `HangupWatch` tells when the client left, `Sweep` when a deadline passed, and both cancel
+the connection's one scope. A client that sends its next request early finds it read when its turn comes.
+"""
+
+from __future__ import annotations
+
+import math
+import socket
+
+import trio
+
+from llamesh.errors import HeadersTooLarge, InvalidRequest, LlameshError, RequestTimeout, RequestTooLarge
+from llamesh.net.exchange import Headers
+from llamesh.net.heads import BadRequest, ChunkDecoder, RequestHead, find_head, parse_head
+from llamesh.net.transport import SocketTransport
+from llamesh.telemetry.logs import get_logger
+from llamesh.web.body import Body
+from llamesh.web.headers import request_id, response_head
+from llamesh.web.lane import Lane
+from llamesh.web.openai import ROUTES, Route
+from llamesh.web.relay import Inbound
+
+log = get_logger("http")
+
+_LINE_END = (b"\r", b"\n")
+_PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
+
+_BODILESS = (204, 304)
+
+# After an answer to a request whose body wasn't read: read on for this long, so that the client
+# gets to see the answer instead of a reset (it is still sending).
+_LINGER_SECONDS = 2.0
+_LINGER_BYTES = 4 << 20
+
+
+class Connection:
+    """One client connection. As a `Sink` it is the response to its present request."""
+
+    __slots__ = (
+        "_chunked",
+        "_cors",
+        "_handed_over",
+        "_keep_alive",
+        "_lane",
+        "_left",
+        "_pending",
+        "_reason",
+        "_scope",
+        "_transport",
+        "_unread",
+        "_working",
+        "deadline",
+        "started",
+    )
+
+    def __init__(self, sock: socket.socket, lane: Lane) -> None:
+        self._transport = SocketTransport(sock)
+        self._lane = lane
+        self._scope = trio.CancelScope()
+        self._unread = b""
+        self._left = False
+        self._working = False  # a request is being answered: its client's leaving ends it
+        self._keep_alive = True
+        self._handed_over = False
+        self._reason: LlameshError | None = None
+        self._pending = b""
+        self._chunked = False
+        self._cors: Headers = []  # what answers say about the request's origin
+        self.started = False
+        self.deadline = trio.current_time() + lane.first_byte_seconds
+
+    async def run(self) -> None:
+        """Requests, one after the other, until one side has had enough."""
+        lane, transport = self._lane, self._transport
+        lane.gateway.stats.connections += 1
+        lane.sweep.add(self)
+        lane.hangups.add(transport.sock, self._client_left)
+        try:
+            with self._scope:
+                while await self._one_request():
+                    pass
+            if self._reason is not None and not self.started:
+                await self._say(self._reason)
+        except OSError as error:
+            log.debug("connection lost", error=str(error))
+        finally:
+            lane.gateway.stats.connections -= 1
+            self._unwatch()
+            if not self._handed_over:
+                transport.close()
+
+    # Called from outside.
+
+    def expire(self) -> None:
+        """The sweep found the deadline passed."""
+        self.deadline = math.inf
+        self._scope.cancel()
+
+    def _client_left(self) -> None:
+        self._left = True
+        if self._working:
+            self._scope.cancel()
+
+    def _unwatch(self) -> None:
+        self._lane.sweep.discard(self)
+        if not self._transport.closed:
+            self._lane.hangups.remove(self._transport.sock)
+
+    # Requests.
+
+    async def _one_request(self) -> bool:
+        """Read and answer one request. False when the connection is done with."""
+        lane = self._lane
+        self.started = False
+        try:
+            size = await self._read_head()
+            if size == 0:
+                return False
+            if size < 0:  # HTTP/2
+                return await self._hand_over()
+            head = parse_head(self._unread[:size])
+        except BadRequest as error:
+            await self._refuse_bytes(error)
+            return False
+        self._keep_alive = head.keep_alive and not lane.closing
+        if lane.cors is not None:
+            self._cors = lane.cors.headers(head.headers)
+        route = ROUTES.get(head.path) if head.method == b"POST" else None
+        if head.version != "1.1" or head.upgrade:
+            return await self._hand_over()
+        if route is None:
+            page = lane.pages(head.path, head.headers) if self._is_plain_get(head) else None
+            if page is None:
+                return await self._hand_over()
+            self._unread = self._unread[size:]
+            await self._answer_page(page, head)
+            return self._keep_alive
+        self._unread = self._unread[size:]
+        await self._infer(head, route)
+        return self._keep_alive
+
+    @staticmethod
+    def _is_plain_get(head: RequestHead) -> bool:
+        return head.method in (b"GET", b"HEAD") and not head.chunked and not head.length
+
+    async def _read_head(self) -> int:
+        """Length of the next request's head in `_unread`; 0 at the end of the stream, -1 for HTTP/2."""
+        waiting = trio.current_time()
+        while True:
+            if self._unread[:1] in _LINE_END:
+                # RFC 9112, 2.2: an empty line before a request is harmless.
+                self._unread = self._unread.lstrip(b"\r\n")
+            if self._unread:
+                if _PREFACE.startswith(self._unread[: len(_PREFACE)]):
+                    if len(self._unread) >= len(_PREFACE):
+                        return -1
+                else:
+                    size = find_head(self._unread)
+                    if size:
+                        self.deadline = math.inf
+                        return size
+                if self._reason is None:
+                    # From its first byte on, a head has a time limit, however it trickles in.
+                    self.deadline = waiting + self._lane.read_seconds
+                    self._reason = RequestTimeout("the request head took too long")
+            data = await self._transport.receive()
+            if not data:
+                self._reason = None
+                return 0
+            if not self._unread:
+                waiting = trio.current_time()
+            self._unread += data
+
+    async def _infer(self, head: RequestHead, route: Route) -> None:
+        lane = self._lane
+        gateway = lane.gateway
+        started = trio.current_time()
+        self._reason = None
+        id = request_id(head.headers)  # noqa: A001
+        try:
+            gateway.admit(head.headers)
+            if head.length is not None and head.length > lane.body_limit:
+                raise _too_large(lane.body_limit)
+        except LlameshError as error:
+            await self._refuse_unread(error, id, head)
+            return
+        with Body(gateway.budget) as body:
+            try:
+                if not await self._read_body(head, body):
+                    self._keep_alive = False
+                    self._reason = None
+                    return
+            except BadRequest as error:
+                await self._refuse_unread(InvalidRequest(str(error)), id, head)
+                return
+            except LlameshError as error:
+                await self._refuse_unread(error, id, head)
+                return
+            self.deadline = math.inf
+            self._reason = None
+            if self._left:
+                self._keep_alive = False
+                return
+            self._working = True
+            inbound = Inbound(head.path, head.query, head.headers, body, id, started)
+            await gateway.infer(inbound, route, self)
+            self._working = False
+            self.deadline = trio.current_time() + lane.idle_seconds
+
+    async def _read_body(self, head: RequestHead, body: Body) -> bool:
+        """Read all of it into `body`; False when the client left. Raises BadRequest, RequestTooLarge."""
+        self._reason = RequestTimeout("the request body stopped coming")
+        if head.expects_continue and not self._unread:
+            await self._transport.send(b"HTTP/1.1 100 Continue\r\n\r\n")
+        if head.chunked:
+            return await self._read_chunks(body)
+        left = head.length or 0
+        while left:
+            if not self._unread:
+                self.deadline = trio.current_time() + self._lane.read_seconds
+                self._unread = await self._transport.receive()
+                if not self._unread:
+                    return False
+            piece = self._unread[:left]
+            self._unread = self._unread[left:]
+            left -= len(piece)
+            body.add(piece)
+        return True
+
+    async def _read_chunks(self, body: Body) -> bool:
+        decoder = ChunkDecoder()
+        limit = self._lane.body_limit
+        while True:
+            body.add(decoder.feed(self._unread))
+            self._unread = b""
+            if body.length > limit:
+                raise _too_large(limit)
+            if decoder.done:
+                self._unread = decoder.rest
+                return True
+            self.deadline = trio.current_time() + self._lane.read_seconds
+            self._unread = await self._transport.receive()
+            if not self._unread:
+                return False
+
+    async def _hand_over(self) -> bool:
+        self._unwatch()
+        self._reason = None
+        self._handed_over = True
+        sock = self._transport.detach()
+        unread, self._unread = self._unread, b""
+        await self._lane.slow_lane.serve(sock, unread)
+        return False
+
+    # Answers that aren't relayed.
+
+    async def _answer_page(self, page: tuple[int, Headers, bytes], head: RequestHead) -> None:
+        status, headers, body = page
+        headers = [*headers, *self._cors, (b"x-request-id", request_id(head.headers).encode())]
+        data = response_head(status, headers, length=len(body), keep_alive=self._keep_alive)
+        self._reason = None
+        self.deadline = trio.current_time() + self._lane.idle_seconds
+        await self._transport.send(data if head.method == b"HEAD" else data + body)
+
+    async def _refuse_bytes(self, error: BadRequest) -> None:
+        self._lane.gateway.stats.bad_heads += 1
+        log.info("bad request", error=str(error))
+        self._keep_alive = False
+        self._reason = None
+        face = HeadersTooLarge(str(error)) if error.too_large else InvalidRequest(str(error))
+        await self._say(face)
+        await self._linger()
+
+    async def _refuse_unread(self, error: LlameshError, id: str, head: RequestHead) -> None:  # noqa: A002
+        """Refuse a request whose body is still on its way. A short one is read and dropped instead."""
+        left = None if head.chunked else (head.length or 0) - len(self._unread)
+        at_hand = left is not None and left <= 0
+        self._keep_alive = self._keep_alive and at_hand
+        if at_hand:
+            self._unread = self._unread[head.length or 0 :]
+        log.info("request", request_id=id, path=head.path.decode("ascii", "replace"), error=error.type)
+        self._lane.gateway.stats.rejected[error.type] += 1
+        await self._lane.gateway.refuse(error, id, self)
+        if not at_hand and (self._unread or not head.expects_continue):
+            await self._linger()
+
+    async def refuse(self, error: LlameshError) -> None:
+        """Say why nothing on this connection is served, and let the client read it."""
+        try:
+            await self._say(error)
+            await self._linger()
+        except OSError as failure:
+            log.debug("connection lost", error=str(failure))
+
+    async def _say(self, error: LlameshError) -> None:
+        """One last answer before the connection closes; bounded, since the client may not read."""
+        body = error.body()
+        headers = self._lane.gateway.error_headers(error, request_id([]))
+        data = response_head(error.status, headers, length=len(body), keep_alive=False) + body
+        with trio.move_on_after(_LINGER_SECONDS):
+            await self._transport.send(data)
+
+    async def _linger(self) -> None:
+        """Half-close and read what still comes, within bounds, so that no reset eats the answer."""
+        self._keep_alive = False
+        try:
+            self._transport.sock.shutdown(socket.SHUT_WR)
+            taken = 0
+            with trio.move_on_after(_LINGER_SECONDS):
+                while taken < _LINGER_BYTES:
+                    data = await self._transport.receive()
+                    if not data:
+                        break
+                    taken += len(data)
+        except OSError as error:
+            log.debug("connection lost", error=str(error))
+
+    # The sink.
+
+    def start(self, status: int, headers: Headers, *, length: int | None) -> None:
+        """See `Sink.start`."""
+        self.started = True
+        if self._cors:
+            headers = [*headers, *self._cors]
+        has_body = status not in _BODILESS
+        self._chunked = length is None and has_body
+        self._pending = response_head(
+            status, headers, length=length, keep_alive=self._keep_alive, has_body=has_body
+        )
+
+    async def write(self, data: bytes) -> None:
+        """See `Sink.write`."""
+        if self._chunked:
+            data = b"%x\r\n%b\r\n" % (len(data), data)
+        await self._send(data)
+
+    async def flush(self) -> None:
+        """See `Sink.flush`."""
+        if self._pending:
+            await self._send(b"")
+
+    async def finish(self, data: bytes = b"") -> None:
+        """See `Sink.finish`."""
+        if self._chunked:
+            data = b"%x\r\n%b\r\n0\r\n\r\n" % (len(data), data) if data else b"0\r\n\r\n"
+        await self._send(data)
+
+    def abort(self) -> None:
+        """See `Sink.abort`. No final chunk was sent, so the client can't take this for an end."""
+        self._keep_alive = False
+        if not self._transport.closed:
+            self._unwatch()
+            self._transport.close()
+
+    async def _send(self, data: bytes) -> None:
+        if self._pending:
+            data, self._pending = self._pending + data, b""
+        # A client that reads nothing for this long is gone.
+        self.deadline = trio.current_time() + self._lane.idle_seconds
+        await self._transport.send(data)
+        self.deadline = math.inf
+
+
+def _too_large(limit: int) -> RequestTooLarge:
+    return RequestTooLarge(f"the request body is larger than http.request_body_limit_bytes ({limit})")
