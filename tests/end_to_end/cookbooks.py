@@ -79,9 +79,9 @@ async def entry_of(node: Node, model: str) -> dict[str, Any]:
 @asynccontextmanager
 async def child_of(node: Node, key: str) -> AsyncIterator[httpx.AsyncClient]:
     """A client of the newest llama-server of "model:profile", past the node."""
-    started = [e for e in node.find_events("starting") if str(e["instance"]).startswith(f"{key}#")][-1]
+    words = psutil.Process(pid_of(node, key)).cmdline()
     async with httpx.AsyncClient(
-        base_url=f"http://127.0.0.1:{started['port']}",
+        base_url=f"http://127.0.0.1:{words[words.index('--port') + 1]}",
         headers={"authorization": f"Bearer {CHILD_KEY}"},
         trust_env=False,
         timeout=PATIENCE_SECONDS,
@@ -90,9 +90,14 @@ async def child_of(node: Node, key: str) -> AsyncIterator[httpx.AsyncClient]:
 
 
 def pid_of(node: Node, key: str) -> int:
-    """The process id of the newest instance of "model:profile"."""
-    started = [e for e in node.find_events("starting") if str(e["instance"]).startswith(f"{key}#")]
-    return int(started[-1]["pid"])
+    """The process id of the newest instance of "model:profile" (asked for: the log may be behind)."""
+    running = httpx.get(f"{node.url}/running", trust_env=False).json()["running"]
+    pids = {
+        int(e["instance"].rpartition("#")[2]): e["pid"]
+        for e in running
+        if e["instance"].startswith(f"{key}#")
+    }
+    return int(pids[max(pids)])
 
 
 @asynccontextmanager

@@ -241,7 +241,7 @@ async def test_a_stream_that_is_closed_early_frees_its_slot(
                     await trio.sleep(0.02)
         await wait_running(node, 0)
         assert len(await ask_well(node)) == 5
-        [left] = node.find_events("request", error="cancelled")
+        left = await node.wait_event("request", error="cancelled")
         assert left["status"] == 200
         assert left["tokens"] > 0
 
@@ -295,4 +295,5 @@ async def test_it_tries_again_when_it_is_told_to(tmp_path: Path, monkeypatch: py
         reply = await client.chat.completions.create(model="slow", messages=HI, max_tokens=2)
         assert reply.choices[0].message.content == "t0 t1 "
         assert pauses == [5.0]
+        await node.wait_event("request", error="queue_full")
         assert len(node.find_events("request", error="queue_full")) == 1

@@ -42,6 +42,7 @@ async def test_started_on_demand_several_at_once(
                 nursery.start_soon(ask_well, node, model)
             embed = {"model": "embed", "input": "one"}
             nursery.start_soon(_succeed, node, "/v1/embeddings", embed)
+        await node.wait_event("starting", after=3)
         keys = {entry["instance"].split("#")[0] for entry in node.find_events("starting")}
         assert keys == {"tiny:default", "tiny:wide", "other:default", "embed:default"}
         assert len(node.find_events("starting")) == 4
@@ -92,10 +93,11 @@ async def test_a_killed_instance_is_replaced(
     recipes = cookbook(tiny=profile(tiny_model))
     async with running_node(tmp_path, recipes, binary_path=engine_binary) as node:
         said = await ask_well(node)
-        psutil.Process(pid_of(node, "tiny:default")).kill()
+        first = pid_of(node, "tiny:default")
+        psutil.Process(first).kill()
         # At once: the node may learn of it by this very request.
         assert await ask_well(node) == said
-        assert pid_of(node, "tiny:default") != node.find_events("starting")[0]["pid"]
+        assert pid_of(node, "tiny:default") != first
         crash = await node.wait_event("crashed", instance="tiny:default#1")
         assert "signal 9" in crash["error"]
         metrics = (await node.client.get("/metrics/json")).json()["hashes"]["tiny:default"]
@@ -113,10 +115,11 @@ async def test_a_stream_whose_instance_is_killed_ends_in_an_error(
         async def hear_and_kill() -> None:
             async with node.client.stream("POST", CHAT, json=body) as reply:
                 assert reply.status_code == 200
+                child = psutil.Process(pid_of(node, "tiny:default"))
                 async for line in reply.aiter_lines():
                     assert line != "data: [DONE]"
                     with contextlib.suppress(psutil.NoSuchProcess):
-                        psutil.Process(node.find_events("starting")[0]["pid"]).kill()
+                        child.kill()
 
         with pytest.raises(httpx.RemoteProtocolError):
             await hear_and_kill()
@@ -223,6 +226,7 @@ async def test_names(tmp_path: Path, tiny_model: Path, engine_binary: Path | Non
         assert reply.headers["x-llamesh-profile"] == "Tiny:default"
         named_in_query = await node.client.post(f"{CHAT}?model=best%3Aquick", json=nameless)
         assert named_in_query.headers["x-llamesh-profile"] == "Tiny:Quick"
+        await node.wait_event("starting", after=1)
         assert len(node.find_events("starting")) == 2
 
 
@@ -240,6 +244,7 @@ async def test_prewarm_and_unload(tmp_path: Path, tiny_model: Path, engine_binar
         assert sorted({reply.status_code for reply in replies}) == [200, 202]
         assert {reply.json()["model"] for reply in replies} == {"tiny"}
         assert {r.json()["status"] for r in replies if r.status_code == 200} == {"loaded"}
+        await node.wait_event("starting")
         assert len(node.find_events("starting")) == 1
         [child] = node.children()
         assert (await entry_of(node, "tiny"))["status"] == {"value": "loaded"}
