@@ -21,21 +21,29 @@ import itertools
 import math
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass
 from types import TracebackType
 
 import trio
 
 from llamesh.config.cookbook import Profile
-from llamesh.config.settings import Settings
+from llamesh.config.current import Current
 from llamesh.core.lifecycle import State
 from llamesh.core.placement import Refuse, Serve, Spawn, Wait, choose, place
-from llamesh.errors import Draining, LlameshError, NoCapacity, QueueFull, QueueTimeout, SpawnFailed
+from llamesh.errors import (
+    Draining,
+    LlameshError,
+    ModelNotFound,
+    NoCapacity,
+    QueueFull,
+    QueueTimeout,
+    SpawnFailed,
+)
+from llamesh.lease import Ask, Lease, loading_info
 from llamesh.local.instance import Instance
 from llamesh.local.launch import BadArguments
-from llamesh.local.pool import MAX_TRIES, Pool
+from llamesh.local.pool import Pool
 from llamesh.local.ports import NoFreePort
-from llamesh.net.exchange import UpstreamConnection
+from llamesh.local.troubles import MAX_TRIES
 from llamesh.telemetry.learned import LearnedValues
 from llamesh.telemetry.logs import get_logger
 
@@ -47,55 +55,6 @@ _PROGRESS_HOLDS = 5.0
 # A waiter looks at its budget this often (seconds); being late by this much is fine for a queue.
 _SLICE = 0.5
 _SHORTEST = 0.005
-
-
-@dataclass(frozen=True, slots=True)
-class Ask:
-    """What a request wants. `streams`: it asked for a stream, so an abandoned slot is free at once."""
-
-    profile: Profile
-    request_id: str
-    streams: bool = False
-
-
-class Lease:
-    """A slot of an instance, held for one request. `release` exactly once; a second call does nothing."""
-
-    __slots__ = ("_ask", "_number", "_released", "instance", "queued_seconds")
-
-    def __init__(self, ask: Ask, instance: Instance, queued_seconds: float) -> None:
-        """Takes the slot: the caller has just seen that one is free."""
-        self._number = instance.occupy()
-        self.instance = instance
-        self.queued_seconds = queued_seconds
-        self._ask = ask
-        self._released = False
-
-    async def connect(self, *, fresh: bool = False) -> UpstreamConnection:
-        """A connection to the instance. Raises UpstreamBroken."""
-        kept = None if fresh else self.instance.idle_connection()
-        return kept or await self.instance.connect()
-
-    def release(
-        self,
-        connection: UpstreamConnection | None = None,
-        *,
-        complete: bool = False,
-        working: bool = False,
-    ) -> None:
-        """Free the slot. `connection` goes back to the instance when the response was `complete`,
-        else it is closed. `working`: llama-server was left in the middle of the request; a stream
-        ends with its connection, anything else keeps the slot busy until llama-server says otherwise.
-        """
-        if self._released:
-            return
-        self._released = True
-        if connection is not None:
-            if complete:
-                self.instance.keep(connection)
-            else:
-                connection.close()
-        self.instance.vacate(self._number, abandoned=working and not complete and not self._ask.streams)
 
 
 class Ticket:
@@ -179,9 +138,12 @@ class _Line:
 class Dispatch:
     """Owner of all queues of this node; see the module."""
 
-    def __init__(self, settings: Settings, pool: Pool, learned: LearnedValues) -> None:
-        self.draining = False
-        self._settings = settings
+    def __init__(self, current: Current, pool: Pool, learned: LearnedValues) -> None:
+        # Three reasons to take nothing new, each with an owner of its own: they must not undo each other.
+        self.shutting_down = False
+        self.drained = False  # by an operator
+        self.away: Callable[[], str] = lambda: ""  # see Keeper.away
+        self._current = current
         self._pool = pool
         self._learned = learned
         self._lines: dict[str, _Line] = {}  # only those with someone in them
@@ -189,13 +151,24 @@ class Dispatch:
         self._settling = False
         self._again = False
         pool.on_change = self._on_change
+        pool.queue_length = self.queue_length
+
+    @property
+    def closed(self) -> str:
+        """Why no new request is taken, for people; "" when they are."""
+        if self.shutting_down:
+            return "is shutting down"
+        if self.drained:
+            return "is draining"
+        away = self.away()
+        return f"leaves this machine to its owner: {away}" if away else ""
 
     # For requests.
 
     def take(self, ask: Ask) -> Lease | None:
         """A free slot, at once, when nobody waits for the profile; else None."""
         key = ask.profile.key
-        if key in self._lines or self.draining:
+        if key in self._lines or self.shutting_down or self.drained:
             return None
         instances = self._pool.instances(key)
         index = choose(instances)
@@ -203,11 +176,14 @@ class Dispatch:
             return None
         return Lease(ask, instances[index], 0.0)
 
-    def join(self, ask: Ask) -> Ticket:
-        """A place at the end of the profile's queue. Raises Draining, QueueFull, SpawnFailed."""
-        profile = ask.profile
-        if self.draining:
-            raise Draining(f"node {self._node} is draining and takes no new requests; try another node")
+    def join(self, ask: Ask, *, admitted: bool = False) -> Ticket:
+        """A place at the end of the profile's queue. Raises Draining, QueueFull, SpawnFailed.
+
+        `admitted`: it was taken before, maybe before a reload, and is tried again in spite of a drain.
+        """
+        profile = self._current.cookbook.find(ask.profile.key) or ask.profile
+        if (closed := self.closed) and not admitted:
+            raise Draining(f"node {self._node} {closed}, and takes no new requests; try another node")
         self._check_queue_limits(profile)
         if self._is_hopeless(profile.key):
             raise self._spawn_failed(profile)
@@ -230,25 +206,39 @@ class Dispatch:
 
     def refuse_all(self, make: Callable[[Profile], LlameshError]) -> None:
         """Send everyone who waits away; at shutdown, when the grace is over."""
-        for line in list(self._lines.values()):
+        lines, self._lines = self._lines, {}
+        for key, line in lines.items():
             for ticket in line.tickets:
                 ticket._refuse(make(line.profile))
-        self._lines.clear()
+            self._pool.forgo(key)
+
+    def apply_cookbook(self) -> None:
+        """The cookbook has changed: who waits, waits for the profile as it is now, or is told."""
+        for key, line in list(self._lines.items()):
+            profile = self._current.cookbook.find(key)
+            if profile is not None and profile.key == key:
+                line.profile = profile
+                continue
+            error = ModelNotFound(f"{key} was removed from the cookbook of node {self._node}", param="model")
+            while line.tickets:
+                line.tickets.popleft()._refuse(error)
+            self._forget_if_empty(line)
+        self._settle()
 
     # Inside.
 
     @property
     def _node(self) -> str:
-        return self._settings.node_id
+        return self._current.settings.node_id
 
     def _check_queue_limits(self, profile: Profile) -> None:
         limit = profile.max_queue_size
         if limit is None:
-            limit = self._settings.model_defaults.max_queue_size_per_model
+            limit = self._current.settings.model_defaults.max_queue_size_per_model
         length = self.queue_length(profile.key)
         if limit and length >= limit:
             raise QueueFull(f"the queue of {profile.key} on node {self._node} is full ({length} wait)")
-        total = self._settings.max_total_queue_entries
+        total = self._current.settings.max_total_queue_entries
         if total and self.queue_length() >= total:
             raise QueueFull(f"node {self._node} has {total} requests waiting, as many as it may have")
 
@@ -263,6 +253,7 @@ class Dispatch:
     def _forget_if_empty(self, line: _Line) -> None:
         if not line.tickets and self._lines.get(line.profile.key) is line:
             del self._lines[line.profile.key]
+            self._pool.forgo(line.profile.key)
 
     def _on_change(self, key: str) -> None:
         if self._lines:
@@ -279,46 +270,66 @@ class Dispatch:
         try:
             while self._again:
                 self._again = False
-                for line in sorted(self._lines.values(), key=lambda line: line.tickets[0].number):
-                    self._settle_line(line)
+                lines = sorted(self._lines.values(), key=lambda line: line.tickets[0].number)
+                # Free slots first, of all queues: who was loaded for somebody isn't idle.
+                for line in lines:
+                    self._serve(line)
+                for line in lines:
+                    self._make_progress(line)
         finally:
             self._settling = False
 
-    def _settle_line(self, line: _Line) -> None:
-        profile, pool = line.profile, self._pool
-        key = profile.key
+    def _serve(self, line: _Line) -> None:
+        """Give free slots to those who wait."""
+        instances = self._pool.instances(line.profile.key)
+        if away := self.away():
+            message = f"node {self._node} leaves this machine to its owner: {away}; try another node"
+            while line.tickets:
+                line.tickets.popleft()._refuse(Draining(message))
+        while line.tickets and (index := choose(instances)) >= 0:
+            ticket = line.tickets.popleft()
+            ticket._grant(Lease(ticket.ask, instances[index], trio.current_time() - ticket.since))
+        self._forget_if_empty(line)
+
+    def _make_progress(self, line: _Line) -> None:
+        """Start what those need who wait, make room for it, or tell them why that can't be."""
+        profile, pool, key = line.profile, self._pool, line.profile.key
         while line.tickets:
             if self._is_hopeless(key):
                 line.tickets.popleft()._refuse(self._spawn_failed(profile))
                 continue
-            instances = pool.instances(key)
+            room = pool.room(profile)
             decision = place(
-                instances,
+                pool.instances(key),
                 waiting=len(line.tickets),
                 slots_expected=pool.slots_expected(key),
                 max_instances=pool.max_instances(profile),
-                room=pool.room(),
+                room=room,
                 resting=pool.resting(key),
             )
             match decision:
-                case Serve(index):
-                    ticket = line.tickets.popleft()
-                    ticket._grant(Lease(ticket.ask, instances[index], trio.current_time() - ticket.since))
-                case Spawn(evict) if evict:
-                    pool.drain(evict, f"room for {key}")
-                    line.reason = "waiting for room"
+                case Serve():
+                    self._again = True  # it became free just now
                     break
-                case Spawn():
+                case Spawn(evict, on_cpu) if evict:
+                    line.reason = f"waiting for {evict[0]} to leave"
+                    pool.make_room(profile, evict, on_cpu=on_cpu)
+                    break
+                case Spawn(on_cpu=on_cpu):
                     try:
-                        pool.spawn(profile)
+                        pool.spawn(profile, on_cpu=on_cpu)
                     except (NoFreePort, OSError) as error:
                         line.reason = str(error)
+                        pool.forgo(key)
                         break
                     except BadArguments as error:
                         message = f"{key} can't be started on node {self._node}: {error}"
                         line.tickets.popleft()._refuse(SpawnFailed(message, param="model"))
                 case Wait(reason):
                     line.reason = reason
+                    if decision != Wait(getattr(room, "reason", "")) or not pool.is_making_room(key):
+                        # It waits for something else now: whoever was to leave for it needn't.
+                        pool.forgo(key)
                     break
                 case Refuse(reason):
                     message = f"{key} can't run on node {self._node}: {reason}"
@@ -350,10 +361,11 @@ class Dispatch:
 
         When to look again, in seconds from now. Raises QueueTimeout.
         """
-        line, profile = ticket._line, ticket.ask.profile
+        line = ticket._line
+        profile = line.profile
         limit = profile.max_wait_in_queue_ms
         if limit is None:
-            limit = self._settings.model_defaults.max_wait_in_queue_ms
+            limit = self._current.settings.model_defaults.max_wait_in_queue_ms
         if not limit:
             return math.inf
         spent, looked = line.spent.get(ticket, (0.0, now))
@@ -373,18 +385,8 @@ class Dispatch:
         return min(_SLICE, max(limit / 1000 - spent, _SHORTEST))
 
     def loading_info(self, instance: Instance) -> dict[str, object]:
-        """The `loading` member of a refusal: {model, state, node, progress?, eta_seconds?}."""
-        info: dict[str, object] = {
-            "model": instance.profile.public_name,
-            "state": "loading",
-            "node": self._node,
-        }
-        usual = self._learned.of(instance.profile.key).load_seconds
-        if usual:
-            passed = trio.current_time() - instance.created
-            info["progress"] = round(min(0.99, passed / usual), 2)
-            info["eta_seconds"] = round(max(0.0, usual - passed), 1)
-        return info
+        """The `loading` member of a refusal."""
+        return loading_info(instance, self._node, self._learned.of(instance.profile.key).load_seconds)
 
     def _describe(self, ticket: Ticket) -> str:
         key = ticket.ask.profile.key

@@ -19,11 +19,14 @@ from typing import cast
 import trio
 
 import llamesh
-from llamesh.config.cookbook import Cookbook
-from llamesh.config.settings import Settings
+from llamesh.config.effect import without_effect
+from llamesh.config.problems import ConfigError
+from llamesh.config.store import Change, Store
 from llamesh.dispatch import Dispatch
 from llamesh.errors import Draining
+from llamesh.local.keeper import Keeper
 from llamesh.local.launch import Engine
+from llamesh.local.memory import Memory
 from llamesh.local.orphans import Ledger
 from llamesh.local.pool import Pool
 from llamesh.local.ports import Ports
@@ -31,6 +34,7 @@ from llamesh.telemetry.learned import LearnedValues
 from llamesh.telemetry.logs import get_logger
 from llamesh.telemetry.prometheus import NodeCollector
 from llamesh.telemetry.stats import NodeStats
+from llamesh.web.admin import Administration
 from llamesh.web.app import build_app
 from llamesh.web.asgi import Application, Asgi
 from llamesh.web.fast_lane import FastLane
@@ -52,21 +56,25 @@ _LAST_SECONDS = 15.0
 class Node:
     """One node of the mesh."""
 
-    def __init__(self, settings: Settings, cookbook: Cookbook, engine: Engine) -> None:
-        self.settings = settings
-        self.cookbook = cookbook
+    def __init__(self, store: Store, engine: Engine) -> None:
+        self.store = store
+        current = store.current
+        settings = self.settings = current.settings  # those that need a restart
         self.stats = NodeStats()
+        self._to_size_up = trio.Event()
         metrics = settings.metrics_path
         self.learned = LearnedValues(metrics)
         self.ledger = Ledger(metrics.with_name(metrics.name + ".children"))
         ports = Ports(settings.llama_cpp_ports.all_ports(), {settings.listen_addr.port})
-        self.pool = Pool(settings, engine, ports, self.ledger, self.stats, self.learned)
-        self.dispatch = Dispatch(settings, self.pool, self.learned)
+        self.memory = Memory(current, engine, self.learned)
+        self.pool = Pool(current, engine, ports, self.ledger, self.stats, self.learned, self.memory)
+        self.keeper = Keeper(current, self.pool)
+        self.dispatch = Dispatch(current, self.pool, self.learned)
+        self.dispatch.away = self.keeper.away
         self.prewarm = Prewarm(self.pool, self.dispatch)
-        self.gateway = Gateway(settings, self._cookbook, self.dispatch, self.stats)
+        self.gateway = Gateway(current, self.dispatch, self.stats)
         self.pages = Pages(
-            settings,
-            self._cookbook,
+            store,
             self.pool,
             self.dispatch,
             self.stats,
@@ -79,20 +87,39 @@ class Node:
             "engine": engine.origin,
             "engine_version": engine.version,
         }
-        app = build_app(
-            settings,
-            self._cookbook,
-            self.pages,
-            self.pool,
-            self.prewarm,
-            NodeCollector(self.stats, self.pages.gauges, info),
-            self.gateway.access,
-        )
+        administration = Administration(store, self.pool, self.dispatch, self.prewarm, self.keeper)
+        collector = NodeCollector(self.stats, self.pages.gauges, info)
+        app = build_app(self.pages, administration, collector, self.gateway.access)
+        store.on_change = self._apply
+        store.on_problem = self._report
         slow = HypercornLane(Application(self.gateway, cast(Asgi, app)), settings)
         self.lane = FastLane(self.gateway, self.pages.fast, slow)
 
-    def _cookbook(self) -> Cookbook:
-        return self.cookbook
+    def _apply(self, change: Change) -> None:
+        """The files have changed, and `store.current` with them."""
+        log.info(
+            "reloaded",
+            added=change.added,
+            removed=change.removed,
+            changed=change.changed,
+            aliases=change.aliases,
+            settings=change.settings,
+        )
+        if change.needs_restart:
+            log.warning("these settings take effect at the next start", settings=change.needs_restart)
+        try:
+            self.gateway.apply_settings()
+            # First who waits, so that a drained instance isn't replaced by one of its own kind.
+            self.dispatch.apply_cookbook()
+            self.pool.apply_cookbook()
+        except Exception:
+            log.exception("defect", during="reload")
+        self._to_size_up.set()
+
+    @staticmethod
+    def _report(error: ConfigError) -> None:
+        for problem in error.problems[: ConfigError.SHOWN]:
+            log.error("a file was changed and has a mistake; the old one stays", problem=str(problem))
 
     async def run(self, sockets: list[socket.socket]) -> None:
         """Serve on listening sockets until a signal, then end in order."""
@@ -106,6 +133,11 @@ class Node:
         async with _signals() as signals, trio.open_nursery() as root:
             await root.start(self.pool.run)
             await root.start(self.prewarm.serve)
+            await self.memory.sample([])
+            root.start_soon(self.memory.run, self.pool.all, self.pool.leave_strangers_their_memory)
+            root.start_soon(self.keeper.run)
+            root.start_soon(self.store.watch)
+            root.start_soon(self._size_up)
             root.start_soon(listener.run)
             root.start_soon(self._save_now_and_then)
             self._announce(sockets)
@@ -125,10 +157,17 @@ class Node:
             engine_version=engine.version,
             command=engine.command[0],
         )
+        if idle := without_effect(self.settings):
+            log.warning("without effect in this version", settings=idle)
         for sock in sockets:
             url = _url(sock, tls=self.settings.server_tls.enabled)
             self.pages.address = self.pages.address or self.settings.public_url or url
-            log.info("listening", url=url, node=self.settings.node_id, models=len(self.cookbook.profiles))
+            log.info(
+                "listening",
+                url=url,
+                node=self.settings.node_id,
+                models=len(self.store.current.cookbook.profiles),
+            )
         host = self.settings.listen_addr.host
         if not self.settings.auth.enabled and not _is_loopback(sockets[0]):
             log.warning(
@@ -137,25 +176,30 @@ class Node:
             )
 
     async def _shut_down(self, signals: AsyncIterator[signal.Signals], listener: Listener) -> None:
-        settings = self.settings
-        grace = settings.shutdown_grace_period_seconds
+        grace = self.store.current.settings.shutdown_grace_period_seconds
         log.info("draining", grace_seconds=grace, running=self.stats.current_requests)
-        self.dispatch.draining = True
+        self.dispatch.shutting_down = True
         self.lane.closing = True
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self._end_at_second_signal, signals, nursery.cancel_scope)
             with trio.move_on_after(grace):
                 await self._wait_idle()
-            self.dispatch.refuse_all(
-                lambda profile: Draining(
-                    f"node {self.settings.node_id} is shutting down; {profile.key} wasn't served"
-                )
-            )
+            nursery.start_soon(self._send_away)
             listener.stop_accepting()
             with trio.move_on_after(_LAST_SECONDS):
                 await self.pool.close()
                 await self._wait_idle()  # those whose instance was just ended are being told so
             nursery.cancel_scope.cancel()
+
+    async def _send_away(self) -> None:
+        """Who waits is told that it is over, and so are those who come back to wait because their
+        instance was just ended."""
+        node = self.settings.node_id
+        while True:
+            self.dispatch.refuse_all(
+                lambda profile: Draining(f"node {node} is shutting down; {profile.key} wasn't served")
+            )
+            await trio.sleep(0.02)
 
     async def _wait_idle(self) -> None:
         while self.stats.current_requests:
@@ -167,11 +211,19 @@ class Node:
         log.warning("second signal: ending at once")
         scope.cancel()
 
+    async def _size_up(self) -> None:
+        """Read the headers of all models, now and after a reload, so that no first request waits for that."""
+        while True:
+            self._to_size_up = trio.Event()
+            for profile in self.store.current.cookbook.profiles:
+                await self.memory.look(profile)
+            await self._to_size_up.wait()
+
     async def _save_now_and_then(self) -> None:
         while True:
             await trio.sleep(_SAVE_SECONDS)
             self._learn_speeds()
-            self.learned.save()
+            await trio.to_thread.run_sync(self.learned.write, self.learned.encode())
 
     def _learn_speeds(self) -> None:
         for key, stats in self.stats.profiles.items():
@@ -196,8 +248,9 @@ def _is_loopback(sock: socket.socket) -> bool:
     return host.startswith("127.") or host == "::1"
 
 
-def serve(settings: Settings, cookbook: Cookbook, engine: Engine) -> int:
+def serve(store: Store, engine: Engine) -> int:
     """Run a node until it is told to end; the exit code."""
+    settings = store.current.settings
     try:
         sockets = bind(settings.listen_addr.host, settings.listen_addr.port)
     except OSError as error:
@@ -207,5 +260,5 @@ def serve(settings: Settings, cookbook: Cookbook, engine: Engine) -> int:
             f"set listen_addr to a free address (port 0 takes any)\n"
         )
         return 1
-    trio.run(Node(settings, cookbook, engine).run, sockets)
+    trio.run(Node(store, engine).run, sockets)
     return 0

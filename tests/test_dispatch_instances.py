@@ -70,8 +70,8 @@ async def test_the_longest_idle_leaves_and_the_waiter_is_served_after_it_left(
         [waiting] = await here.clients(1, profile("o"))
         assert oldest.state is State.STOPPING
         assert here.instance(N).state is State.READY
-        with here.dispatch.join(ask(profile("p"))) as another:
-            assert another.waiting_for == "waiting for m:default#1 to leave; 0 ahead"
+        with here.dispatch.join(ask(profile("o"))) as another:
+            assert another.waiting_for == "waiting for m:default#1 to leave; 1 ahead"
         await trio.sleep(2.9)
         assert len(here.stage.started) == 2
         await trio.sleep(1.2)
@@ -80,21 +80,26 @@ async def test_the_longest_idle_leaves_and_the_waiter_is_served_after_it_left(
         waiting.lease.release()
 
 
-async def test_busy_instances_stay(autojump_clock: MockClock) -> None:
+async def test_busy_instances_stay_for_their_tenure_while_someone_waits_for_them(
+    autojump_clock: MockClock,
+) -> None:
     async with world(max_instances_per_node=1) as here:
         lease = await get(here.dispatch, M)
-        [waiting] = await here.clients(1, N)
-        await trio.sleep(30)
-        assert waiting.waits
+        clients = await here.clients(1, M) + await here.clients(1, N)
+        await trio.sleep(14)
         assert here.instance(M).state is State.READY
+        await trio.sleep(3)
+        assert here.instance(M).state is State.DRAINING
+        assert all(client.waits for client in clients)
         lease.release()
-        await trio.sleep(2)
-        assert waiting.lease is not None
-        waiting.lease.release()
+        for client in reversed(clients):
+            await trio.sleep(2)
+            assert client.lease is not None
+            client.lease.release()
 
 
-async def test_two_profiles_alternate_and_whoever_waits_longest_is_next(autojump_clock: MockClock) -> None:
-    async with world(max_instances_per_node=1) as here:
+async def test_without_tenure_whoever_waits_longest_is_next(autojump_clock: MockClock) -> None:
+    async with world(max_instances_per_node=1, model_defaults={"min_eviction_tenure_secs": 0}) as here:
         clients = []
         for wanted in (M, N, M, N):
             clients += await here.clients(1, wanted)
@@ -129,7 +134,7 @@ async def test_an_unloaded_instance_finishes_what_it_has(autojump_clock: MockClo
     async with world({"m": [Play(slots=2)]}) as here:
         first, second = await get(here.dispatch, M), await get(here.dispatch, M)
         instance = here.instance(M)
-        here.pool.drain((instance.id,), "unloaded on request")
+        here.pool.drain((instance.id,), "unloaded on request", cause="unload")
         assert instance.state is State.DRAINING
         assert here.dispatch.take(ask(M)) is None
         first.release()
@@ -188,7 +193,7 @@ async def test_a_crash_frees_abandoned_slots(autojump_clock: MockClock) -> None:
 async def test_draining_refuses_the_new_and_serves_the_old(autojump_clock: MockClock) -> None:
     async with world() as here:
         clients = await here.clients(2, M)
-        here.dispatch.draining = True
+        here.dispatch.drained = True
         with pytest.raises(Draining, match="node-a is draining"):
             here.dispatch.join(ask(M))
         await trio.sleep(2)
@@ -275,7 +280,7 @@ async def test_prewarm_says_at_once_what_is_wrong(
         with pytest.raises(SpawnFailed):
             await prewarm.run(M, wait=False)
         assert (await prewarm.run(N, wait=False))["status"] == "loading"
-        here.dispatch.draining = True
+        here.dispatch.drained = True
         with pytest.raises(Draining):
             await prewarm.run(profile("o"), wait=False)
         await trio.sleep(3)

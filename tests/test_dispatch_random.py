@@ -18,8 +18,9 @@ from hypothesis import strategies as st
 from llamesh.config.cookbook import Profile
 from llamesh.core.lifecycle import State
 from llamesh.core.placement import Refuse, Serve, Spawn, choose, place
-from llamesh.dispatch import Lease, Ticket
+from llamesh.dispatch import Ticket
 from llamesh.errors import NoCapacity, QueueFull, QueueTimeout, SpawnFailed
+from llamesh.lease import Lease
 from tests.support.scripted import Play, Scripted, World, ask, profile, world
 
 # All moments are multiples of this, so that many things happen at the same one.
@@ -111,7 +112,7 @@ class Watcher:
                 waiting=len(line.tickets),
                 slots_expected=pool.slots_expected(line.profile.key),
                 max_instances=pool.max_instances(line.profile),
-                room=pool.room(),
+                room=pool.room(line.profile),
                 resting=pool.resting(line.profile.key),
             )
             assert not isinstance(decision, Serve | Spawn | Refuse), decision
@@ -163,7 +164,7 @@ class Watcher:
     async def unload(self, moment: float) -> None:
         await trio.sleep(moment)
         ids = tuple(one.id for one in self.here.pool.all())
-        self.here.pool.drain(ids[:1], "unloaded on request")
+        self.here.pool.drain(ids[:1], "unloaded on request", cause="unload")
 
 
 @settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.too_slow])
@@ -186,7 +187,13 @@ def test_whatever_happens(
     async def main() -> None:
         cookbook = [profile(f"m{number}", **more) for number, more in enumerate(models)]
         stage = {one.model: some for one, some in zip(cookbook, plays, strict=False)}
-        async with world(stage, max_instances_per_node=limit, max_total_queue_entries=total) as here:
+        limits: dict[str, Any] = {
+            "max_instances_per_node": limit,
+            "max_total_queue_entries": total,
+            # Time alone decides nothing then: what is possible is done at once.
+            "model_defaults": {"min_eviction_tenure_secs": 0},
+        }
+        async with world(stage, **limits) as here:
             watcher = Watcher(here, cookbook, limit)
             async with trio.open_nursery() as watching:
                 watching.start_soon(watcher.watch)

@@ -20,7 +20,7 @@ MAX_LINES = 400
 
 _LOWER = {"core", "config", "errors", "telemetry", "net"}
 _MIDDLE = _LOWER | {"local", "mesh"}
-_TOP = _MIDDLE | {"dispatch", "web"}
+_TOP = _MIDDLE | {"dispatch", "lease", "web"}
 # A part is a folder or a file directly in the package; it may import itself and these.
 MAY_IMPORT: dict[str, set[str]] = {
     "__init__": set(),
@@ -31,10 +31,12 @@ MAY_IMPORT: dict[str, set[str]] = {
     "telemetry": {"config", "errors"},
     "local": _LOWER,
     "mesh": _LOWER,
-    "dispatch": _MIDDLE,
-    "web": _MIDDLE | {"dispatch"},
+    "lease": _MIDDLE,
+    "dispatch": _MIDDLE | {"lease"},
+    "web": _MIDDLE | {"dispatch", "lease"},
     "node": _TOP,
-    "__main__": _TOP | {"node"},
+    "command": {"config"},
+    "__main__": _TOP | {"node", "command"},
 }
 
 # Clocks, chance, files, sockets, processes, threads, logs: what makes one question get another answer.

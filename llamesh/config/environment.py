@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 PREFIX = "LLAMESH_"
 #: Variables that begin like ours and mean something to tests and CI, not to a node.
 IGNORED_PREFIXES = ("LLAMESH_TEST_", "LLAMESH_CI_")
+#: The key that `llamesh pause` sends.
+IGNORED = "LLAMESH_API_KEY"
 
 
 def variable_name(key: str) -> str:
@@ -42,7 +44,7 @@ def read_environment(
     # Sorted, so that a section's own variable comes before those of its keys, which refine it.
     for name in sorted(environ):
         upper = name.upper()
-        if not upper.startswith(PREFIX) or upper.startswith(IGNORED_PREFIXES):
+        if not upper.startswith(PREFIX) or upper.startswith(IGNORED_PREFIXES) or upper == IGNORED:
             continue
         source = f"environment variable {name}"
         key = known.get(upper)

@@ -97,6 +97,7 @@ class Settings(Section):
     max_hops: Count = 10
     max_total_queue_entries: Count = 0
     upstream_read_timeout_ms: Count = 0
+    yield_to: tuple[Text, ...] = ()
     model_defaults: ModelDefaults = ModelDefaults()
     llama_cpp_ports: LlamaCppPorts = LlamaCppPorts()
     llama_cpp: LlamaCpp = LlamaCpp()

@@ -29,6 +29,7 @@ class Event(Enum):
 
     HEALTHY = "healthy"  # /health answered 200 for the first time
     DRAIN = "drain"  # idle for too long, unloaded, evicted, or the node shuts down
+    RESUME = "resume"  # the one for whom it was drained doesn't wait any more
     IDLE = "idle"  # the last lease ended
     STOP = "stop"  # don't wait for leases
     EXIT = "exit"  # the process ended, for whatever reason
@@ -48,6 +49,7 @@ TRANSITIONS: dict[State, dict[Event, State]] = {
     },
     State.DRAINING: {
         Event.DRAIN: State.DRAINING,
+        Event.RESUME: State.READY,
         Event.IDLE: State.STOPPING,
         Event.STOP: State.STOPPING,
         Event.EXIT: State.GONE,

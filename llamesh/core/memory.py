@@ -22,7 +22,8 @@ from llamesh.core.readings import Device, Reading
 class Claim:
     """What one instance of ours is expected to hold, in bytes.
 
-    `pid` is the root of its process tree, None before it is started. `device_bytes` goes by device uuid.
+    `pid` is the root of its process tree, None before it is started. `device_bytes` goes by uuid, of the
+    devices that it may use: 0 where nobody knows what for.
     `settled`: loaded, so what it holds now is all. `mapped_counts`: its weights are used from system memory,
     so file-backed pages count as its own; else they are only on their way to a device.
     """
@@ -152,14 +153,12 @@ class _Share:
             held = max(expected, sum(told))
             if held:
                 self.held[claim.id] = held
-            if held or seen:
+            if held or seen or (named is None and self.device.uuid in claim.device_bytes):
                 self.guessed.add(claim.id)
-        elif named is None or seen:
+        else:
+            # Not listed: it has taken nothing yet, or the driver doesn't know it by this process id.
             self.guessed.add(claim.id)
             self.loading_unseen += expected
-        else:
-            # The driver does name processes, so this one has taken nothing yet.
-            self.pending += expected
 
     def pool(self, calm: int | None) -> Pool:
         total, used = self.device.usable_bytes, self.device.used_bytes

@@ -43,6 +43,7 @@ class Spawn:
     """Start another instance, after draining `evict`; the request keeps waiting."""
 
     evict: tuple[str, ...] = ()
+    on_cpu: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,16 +111,19 @@ def place(
         return Wait("loading")
     # 4. The profile has all the instances it may have; those that leave count until they left.
     if len(candidates) >= max_instances:
-        return Wait("loading" if starting else "queued")
+        if starting:
+            return Wait("loading")
+        serving = any(one.state is State.READY for one in candidates)
+        return Wait("queued" if serving else "waiting for its own last instance to leave")
     # 5. It just failed to start: its next try has a time of its own.
     if resting:
         return Wait("waiting before the next try to start it")
     # 6. What the machine has room for.
     match room:
-        case Fits():
-            return Spawn()
-        case Evict(ids):
-            return Spawn(ids)
+        case Fits(on_cpu):
+            return Spawn(on_cpu=on_cpu)
+        case Evict(ids, on_cpu):
+            return Spawn(ids, on_cpu=on_cpu)
         case Later(reason):
             return Wait(reason)
         case Never(reason):

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +18,10 @@ import msgspec
 import trio
 
 from llamesh.config.cookbook import ModelPath, Profile
+from llamesh.core.capacity import Need
 from llamesh.core.lifecycle import Event, State, step
 from llamesh.local.connections import IdleConnections
+from llamesh.local.failure import Failure, ended
 from llamesh.local.launch import Engine, Launch, child_environment
 from llamesh.local.orphans import Ledger
 from llamesh.local.ports import Port
@@ -46,19 +47,7 @@ ASK_TIMEOUT = 2.0
 # More than any reply that is asked for here.
 _ASK_BYTES = 1 << 20
 
-
-@dataclass(frozen=True, slots=True)
-class Failure:
-    """Why an instance ended that nobody had asked to end."""
-
-    message: str
-    exit_code: int | None
-    last_words: str
-
-    def __str__(self) -> str:
-        if not self.last_words:
-            return self.message
-        return f"{self.message}; its last words: {self.last_words}"
+NOTHING = Need()
 
 
 class Instance:
@@ -73,12 +62,15 @@ class Instance:
         port: Port,
         *,
         slot_limit: int,
+        need: Need = NOTHING,
+        on_cpu: bool = False,
         ledger: Ledger,
         environment: Mapping[str, str],
         on_ready: Callable[[Instance], None],
         on_change: Callable[[Instance], None],
     ) -> None:
         """`slot_limit`: the configured maximum of requests at once, 0 = what the child reports.
+        `need`: the memory that is reserved for it; `on_cpu`: it was started to leave the GPU alone.
 
         `on_ready` is called once, when it becomes READY; `on_change` right after that, whenever a
         slot is given back, and last when it is GONE.
@@ -86,11 +78,14 @@ class Instance:
         self.id = id
         self.profile = profile
         self.launch = launch
+        self.need = need
+        self.on_cpu = on_cpu
         self.state = State.STARTING
         self.facts = Facts()
         self.failure: Failure | None = None
         self.asked_to_end = False
         self.end_reason = ""
+        self._may_resume = False
         self.child: Child | None = None
         self.created = self.last_used = self.last_progress = trio.current_time()
         self.was_ready = False
@@ -105,11 +100,8 @@ class Instance:
         key = profile.api_key or secrets.token_urlsafe(24)
         self._api_key = key
         self.authorization = b"Bearer " + key.encode()
-        self._idle = IdleConnections()
-        self._stop = trio.Event()
-        self._gone = trio.Event()
-        self._slots = Slots()
-        self._abandoned = trio.Event()
+        self._idle, self._slots = IdleConnections(), Slots()
+        self._stop, self._gone, self._abandoned = trio.Event(), trio.Event(), trio.Event()
         self._progress: Progress | None = None
 
     def __repr__(self) -> str:
@@ -145,7 +137,7 @@ class Instance:
     def vacate(self, lease: int, *, abandoned: bool) -> None:
         """Give a slot back. `abandoned`: llama-server may still be working on it."""
         self.last_used = trio.current_time()
-        if abandoned and self.state is State.READY:
+        if abandoned and self.state in (State.READY, State.DRAINING):
             self._slots.abandon(lease)
             self._abandoned.set()
         else:
@@ -216,14 +208,26 @@ class Instance:
 
     # Life.
 
-    def drain(self, reason: str) -> None:
-        """Take nothing new, end after the last lease. Idempotent."""
+    def drain(self, reason: str, *, may_resume: bool = False) -> None:
+        """Take nothing new, end after the last lease. Idempotent. `may_resume`: unless `resume` comes
+        first; another drain for good wins.
+        """
         if self.state is State.GONE:
             return
+        self._may_resume = may_resume and (self._may_resume or self.state is State.READY)
         self.asked_to_end = True
         self.end_reason = self.end_reason or reason
         self._apply(Event.DRAIN)
         self._leave_if_unused()
+
+    def resume(self) -> bool:
+        """Take requests again, if it was drained for somebody who left, and hasn't ended yet."""
+        if self.state is not State.DRAINING or not self._may_resume:
+            return False
+        self._may_resume = self.asked_to_end = False
+        self.end_reason = ""
+        self._apply(Event.RESUME)
+        return True
 
     def stop(self, reason: str) -> None:
         """End now, leases or not. Idempotent."""
@@ -232,6 +236,11 @@ class Instance:
         self.asked_to_end = True
         self.end_reason = self.end_reason or reason
         self._apply(Event.STOP)
+
+    def give_up(self, why: str) -> None:
+        """End now because it doesn't work any more; `why` is what its callers are told."""
+        self.failure = self.failure or Failure(why, None, "")
+        self.stop("given up")
 
     async def wait_gone(self) -> None:
         """Return when the process has been reaped and all that it held is free."""
@@ -280,7 +289,7 @@ class Instance:
             self._ledger.forget(child.pid)
         if not self.asked_to_end and self.failure is None:
             when = "while serving" if self.was_ready else "before it was ready"
-            self.failure = Failure(f"llama-server {_ended(code)} {when}", code, child.tail.last_words(5))
+            self.failure = Failure(f"llama-server {ended(code)} {when}", code, child.tail.last_words(5))
 
     async def _see_off(self, child: Child) -> None:
         await self._stop.wait()
@@ -388,7 +397,3 @@ class Instance:
             log.debug("state", instance=self.id, before=before.value, state=self.state.value)
             if self.state is State.STOPPING:
                 self._stop.set()
-
-
-def _ended(code: int) -> str:
-    return f"was ended by signal {-code}" if code < 0 else f"ended with exit code {code}"

@@ -238,23 +238,36 @@ def _flags_in(lines: Iterable[str]) -> frozenset[str]:
     return frozenset(flags) if flags >= _PROOF_OF_HELP else frozenset()
 
 
-def build_launch(profile: Profile, engine: Engine | None = None, *, host: str, port: int) -> Launch:
+def build_launch(
+    profile: Profile,
+    engine: Engine | None = None,
+    *,
+    host: str,
+    port: int,
+    context: int | None = None,
+    on_cpu: bool = False,
+) -> Launch:
     """The arguments for one instance of `profile`, in this order: source, the profile's own, what is missing.
 
     `-c 0` (the model's whole context), `--fit off` (no silent shrinking), `--host` and `--port` are added
     unless the profile has them; an address given by the profile is the one in the result. `--fit` is left
     out for an `engine` that is known not to have it. One that is known to have `--alias` is told the
-    model's public name, so that answers carry that and not the path of a file. Raises BadArguments.
+    model's public name, so that answers carry that and not the path of a file. `context`: tokens, where
+    the whole context doesn't fit and the profile names none. `on_cpu`: keep off the GPU, whatever the
+    profile says. Raises BadArguments.
     """
     own = profile.arguments
     added: list[str] = []
     if _value_of(own, _CONTEXT) is None:
-        added += ["-c", "0"]
+        added += ["-c", str(context or 0)]
     knows_fit = engine is None or not engine.flags or not engine.flags.isdisjoint(_FIT)
     if _value_of(own, _FIT) is None and knows_fit:
         added += ["--fit", "off"]
     if _value_of(own, _ALIAS) is None and _takes_alias(engine):
         added += ["--alias", profile.public_name]
+    if on_cpu:
+        # --gpu-layers 0 alone would still compute large batches there.
+        added += ["--gpu-layers", "0", "--device", "none"]
     given_host = _value_of(own, _HOST)
     if given_host is None:
         added += ["--host", host]

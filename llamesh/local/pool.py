@@ -1,90 +1,91 @@
 """All instances of this node: what runs, what may start, what has to leave.
 
 The pool carries out; it doesn't decide who waits for what (see `dispatch`) nor who may start
-(`core.capacity`). A start reserves port and place in the same step in which it was decided; the
-reservation ends in one place, when the instance is GONE.
+(`core.capacity`). A start reserves memory, port and place in the same step in which it was decided;
+the reservation ends in one place, when the instance is GONE.
 """
 
 from __future__ import annotations
 
 import os
+from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import replace
 
 import trio
 
 from llamesh.config.cookbook import Profile
-from llamesh.config.settings import Settings
-from llamesh.core.capacity import Later, Room, Tenant, room_for_one
+from llamesh.config.current import Current
+from llamesh.config.store import runs_the_same
+from llamesh.core.capacity import (
+    LEAVING,
+    Evict,
+    Fits,
+    Later,
+    Need,
+    Never,
+    Room,
+    Tenant,
+    keep_value,
+    over_budget,
+    room,
+    room_after_failure,
+    room_beside_text,
+)
 from llamesh.core.lifecycle import State
-from llamesh.local.instance import Failure, Instance
+from llamesh.local.instance import Instance
 from llamesh.local.launch import BadArguments, Engine, build_launch, fixed_port
+from llamesh.local.memory import Memory
 from llamesh.local.orphans import Ledger
-from llamesh.local.ports import NoFreePort, Port, Ports
+from llamesh.local.ports import Ports
+from llamesh.local.promises import Promises
+from llamesh.local.troubles import Trouble, Troubles
 from llamesh.telemetry.learned import LearnedValues
 from llamesh.telemetry.logs import get_logger
 from llamesh.telemetry.stats import NodeStats
 
 log = get_logger("pool")
 
-# A start is tried this often before those who wait for it are told.
-MAX_TRIES = 3
-
-# Seconds before the second try; doubles. After the last one, requests fail at once for `_REST`.
-_RETRY_PAUSE = 0.1
-_REST = 1.0
-_REST_MAX = 30.0
-
-# Seconds until a start that found no free port is tried again: a stranger's port makes no event.
-_PORT_PAUSE = 1.0
-
-# How often idle instances and connections are looked at, in seconds.
-_TICK = 0.5
-
-
-@dataclass(slots=True)
-class Trouble:
-    """Failed starts in a row. `rest_until`: trio's time; `next_rest`: after this round, in seconds."""
-
-    failures: int = 0
-    last: Failure | None = None
-    rest_until: float = 0.0
-    next_rest: float = _REST
-
-    @property
-    def exhausted(self) -> bool:
-        """Whether all tries of this round are used up."""
-        return self.failures >= MAX_TRIES
+# What loading takes where it was never measured: all that counts is that it isn't nothing.
+_RELOAD_SECONDS = 1.0
 
 
 class Pool:
-    """See the module. `on_change(profile key)` is called whenever placement may decide anew."""
+    """See the module. `on_change(profile key)` is called whenever placement may decide anew.
+
+    `queue_length(profile key)` is asked for who waits; the dispatcher sets both.
+    """
 
     def __init__(
         self,
-        settings: Settings,
+        current: Current,
         engine: Engine,
         ports: Ports,
         ledger: Ledger,
         stats: NodeStats,
         learned: LearnedValues,
+        memory: Memory,
         *,
         instance_type: type[Instance] = Instance,
     ) -> None:
         """`instance_type` is for tests."""
         self.engine = engine
+        self.memory = memory
         self.on_change: Callable[[str], None] = lambda key: None
-        self._settings = settings
+        self.queue_length: Callable[[str], int] = lambda key: 0
+        self.evictions: Counter[str] = Counter()  # by reason
+        self._current = current
         self._ports = ports
         self._ledger = ledger
         self._stats = stats
         self._learned = learned
         self._instance_type = instance_type
         self._instances: dict[str, list[Instance]] = {}
-        self._trouble: dict[str, Trouble] = {}
+        self._promises = Promises()
+        self._troubles = Troubles()
         self._count = 0
         self._closed = False
-        self._port_wait: set[str] = set()
+        self._looking: set[str] = set()
         self._nursery: trio.Nursery | None = None
 
     # Reading.
@@ -98,87 +99,208 @@ class Pool:
         for group in self._instances.values():
             yield from group
 
+    def staying(self, key: str) -> list[Instance]:
+        """The profile's instances that aren't on their way out."""
+        return [i for i in self.instances(key) if i.state not in LEAVING]
+
     def trouble(self, key: str) -> Trouble | None:
-        """The profile's failed starts, None when the last one worked."""
-        return self._trouble.get(key)
+        """The profile's failed starts and crashes, None when there are none."""
+        return self._troubles.of(key)
 
     def resting(self, key: str) -> bool:
         """Whether the profile's next start has to wait."""
-        trouble = self._trouble.get(key)
-        return trouble is not None and trio.current_time() < trouble.rest_until
+        return self._troubles.resting(key, trio.current_time())
 
     def max_instances(self, profile: Profile) -> int:
         """How many instances the profile may have at once; 1 where its own arguments fix a port."""
         limit = profile.max_instances
         if limit is None:
-            limit = self._settings.model_defaults.max_instances_per_model
+            limit = max(self._current.settings.model_defaults.max_instances_per_model, profile.min_instances)
         return min(limit, 1) if fixed_port(profile) else limit
 
     def slots_expected(self, key: str) -> int:
         """How many requests one more instance will take: configured, or what the last one reported."""
-        return self._settings.model_defaults.max_concurrent_requests_per_instance or (
-            self._learned.of(key).n_slots or 1
-        )
+        configured = self._current.settings.model_defaults.max_concurrent_requests_per_instance
+        return configured or self._learned.of(key).n_slots or 1
 
-    def room(self) -> Room:
-        """May one more instance start?"""
+    def room(self, profile: Profile) -> Room:
+        """May one more instance of `profile` start? Later, too, while its size isn't known yet."""
         if self._closed:
             return Later("the node is ending")
-        tenants = [Tenant(i.id, i.profile.key, i.state, i.busy_slots > 0, i.last_used) for i in self.all()]
-        return room_for_one(tenants, max_instances=self._settings.max_instances_per_node)
+        size = self.memory.size(profile)
+        if size is None:
+            self._look(profile)
+            return Later(f"reading the file of {profile.key}")
+        if size.too_large:
+            return Never(size.too_large)
+        if len(self.instances(profile.key)) >= self.max_instances(profile):
+            return Later("it has all the instances it may have")
+        tenants = self.tenants()
+        if self.staying(profile.key):
+            # Nobody's requests have to make way for one instance more of a model that is served already.
+            tenants = [replace(t, settled=False) for t in tenants]
+        budget, promised = self.memory.budget(), self._promises.before(profile.key)
+        if profile.kind == "text":
+            answer = room(size.need, tenants, budget, promised=promised)
+        else:
+            answer = room_beside_text(size.need, size.cpu_only, tenants, budget, promised=promised)
+        if isinstance(answer, Fits | Evict):
+            trouble = self._troubles.of(profile.key)
+            # Where a whole round of tries didn't help, nobody leaves again.
+            if trouble is not None and trouble.out_of_memory and not trouble.rounds:
+                is_text, busy = profile.kind == "text", trouble.out_of_memory > 1
+                return room_after_failure(tenants, answer, is_text=is_text, busy_too=busy)
+        return answer
+
+    def can_spawn(self) -> bool:
+        """Whether an instance of some size could start, now or after an idle one has left."""
+        return not self._closed and isinstance(
+            room(Need(), self.tenants(), self.memory.budget()), Fits | Evict
+        )
+
+    def tenants(self) -> list[Tenant]:
+        """All instances as admission sees them."""
+        now = trio.current_time()
+        found = []
+        for group in self._instances.values():
+            staying = 0
+            for instance in group:
+                if instance.state not in LEAVING:
+                    staying += 1
+                found.append(self._tenant(instance, now, pinned=staying <= instance.profile.min_instances))
+        return found
+
+    def _tenant(self, instance: Instance, now: float, *, pinned: bool) -> Tenant:
+        profile = instance.profile
+        waiters = self.queue_length(profile.key)
+        # One that has just loaded isn't idle: those it was loaded for are about to come.
+        busy = instance.busy_slots > 0 or waiters > 0
+        reload_seconds = instance.ready_after or self._learned.of(profile.key).load_seconds
+        tenure = profile.min_eviction_tenure_secs
+        if tenure is None:
+            tenure = self._current.settings.model_defaults.min_eviction_tenure_secs
+        served = now - instance.created - instance.ready_after
+        return Tenant(
+            instance.id,
+            instance.state,
+            busy,
+            self.memory.charge(instance),
+            keep_value(reload_seconds or _RELOAD_SECONDS, 0.0 if busy else now - instance.last_used),
+            settled=served >= tenure,
+            pinned=pinned,
+            is_text=profile.kind == "text",
+        )
 
     # Acting.
 
-    def spawn(self, profile: Profile) -> Instance:
-        """Start one more instance; it is STARTING when this returns. Raises NoFreePort, BadArguments.
-
-        After NoFreePort, and OSError where there are no sockets to look with, `on_change` comes again
-        when it is time for another try.
+    def spawn(self, profile: Profile, *, on_cpu: bool = False) -> Instance:
+        """Start one more instance; it is STARTING when this returns. Raises NoFreePort, BadArguments,
+        and OSError where there are no sockets to look for a port with. The keeper has it tried again.
         """
         nursery = self._nursery
         assert nursery is not None, "the pool isn't running"  # noqa: S101
-        port = self._reserve_port(profile, nursery)
+        size = self.memory.size(profile)
+        context = size.context if size is not None else None
+        number, key = fixed_port(profile), profile.key
+        port = self._ports.claim(number, user=key) if number else self._ports.reserve(user=key)
         try:
-            launch = build_launch(profile, self.engine, host="127.0.0.1", port=port.number)
+            launch = build_launch(
+                profile, self.engine, host="127.0.0.1", port=port.number, context=context, on_cpu=on_cpu
+            )
         except BadArguments:
             port.close()
             raise
         self._count += 1
         instance = self._instance_type(
-            f"{profile.key}#{self._count}",
+            f"{key}#{self._count}",
             profile,
             self.engine,
             launch,
             port,
-            slot_limit=self._settings.model_defaults.max_concurrent_requests_per_instance,
+            slot_limit=self._current.settings.model_defaults.max_concurrent_requests_per_instance,
+            need=self._need(profile, on_cpu=on_cpu),
+            on_cpu=on_cpu,
             ledger=self._ledger,
             environment=os.environ,
             on_ready=self._note_ready,
             on_change=self._changed,
         )
-        self._instances.setdefault(profile.key, []).append(instance)
-        self._stats.profile(profile.key).starts_total += 1
+        self._instances.setdefault(key, []).append(instance)
+        self._stats.profile(key).starts_total += 1
         nursery.start_soon(instance.run)
+        self.forgo(key)
         return instance
 
-    def _reserve_port(self, profile: Profile, nursery: trio.Nursery) -> Port:
-        number, key = fixed_port(profile), profile.key
-        try:
-            return self._ports.claim(number, user=key) if number else self._ports.reserve(user=key)
-        except (NoFreePort, OSError):
-            if key not in self._port_wait:
-                self._port_wait.add(key)
-                nursery.start_soon(self._wake_at, key, trio.current_time() + _PORT_PAUSE)
-            raise
+    def _need(self, profile: Profile, *, on_cpu: bool) -> Need:
+        size = self.memory.size(profile)
+        if size is None:
+            return Need()
+        return size.cpu_only if on_cpu and size.cpu_only is not None else size.need
 
-    def drain(self, ids: tuple[str, ...], reason: str) -> None:
-        """Have these instances leave after their requests."""
+    def drain(self, ids: tuple[str, ...], reason: str, *, cause: str, may_resume: bool = False) -> None:
+        """Have these instances leave after their requests. `cause`: a word for the metrics."""
+        changed = []
         for instance in list(self.all()):
-            if instance.id in ids:
+            if instance.id not in ids or instance.state is State.STOPPING:
+                continue
+            if instance.state is not State.DRAINING:
                 log.info("draining", instance=instance.id, reason=reason)
-                instance.drain(reason)
-                # What was about to be ready isn't any more: those who wait may need another one.
-                self.on_change(instance.profile.key)
+                self.evictions[cause] += 1
+                changed.append(instance.profile.key)
+            # Also one that is draining: it may have been for somebody only, and now it is for good.
+            instance.drain(reason, may_resume=may_resume)
+        # What was about to be ready isn't any more: those who wait may need another one.
+        for key in changed:
+            self.on_change(key)
+
+    def make_room(self, profile: Profile, ids: tuple[str, ...], *, on_cpu: bool = False) -> None:
+        """Drain these for one more instance of `profile`. What they leave is promised to it, until it is
+        started or `forgo` is called.
+        """
+        key = profile.key
+        self._promises.make(key, self._need(profile, on_cpu=on_cpu), ids)
+        self.drain(ids, f"room for {key}", cause="room", may_resume=True)
+
+    def is_making_room(self, key: str) -> bool:
+        """Whether somebody is still about to leave for the profile."""
+        leaves = self._promises.leaves(key)
+        return bool(leaves) and any(i.id in leaves for i in self.all())
+
+    def forgo(self, key: str) -> None:
+        """The profile doesn't need the room that is being made for it, or has taken it: who was to leave
+        for it and hasn't ended yet serves again.
+        """
+        leaves = self._promises.end(key)
+        if not leaves:
+            return
+        for instance in list(self.all()):
+            if instance.id in leaves and instance.resume():
+                log.info("serving again", instance=instance.id)
+        self.on_change(key)
+
+    def leave_strangers_their_memory(self) -> None:
+        """Others' use broke the budget after our loads: instances leave until the rest fits."""
+        ids = over_budget(self.tenants(), self.memory.budget())
+        if ids:
+            self.drain(ids, "other programs need the memory", cause="strangers")
+
+    def apply_cookbook(self) -> None:
+        """The cookbook has changed: what is gone or runs differently leaves, the rest isn't touched."""
+        for instance in list(self.all()):
+            now = self._current.cookbook.find(instance.profile.key)
+            # Found by an alias, or spelled otherwise now, it is another profile: keys are exact.
+            if now is None or now.key != instance.profile.key:
+                self.drain((instance.id,), "no longer in the cookbook", cause="reload")
+            elif not runs_the_same(now, instance.profile):
+                self.drain((instance.id,), "changed in the cookbook", cause="reload")
+            else:
+                instance.profile = now
+
+        def changed(key: str, tried: Profile | None) -> bool:
+            now = self._current.cookbook.find(key)
+            return now is None or tried is None or not runs_the_same(now, tried)
+
+        self._troubles.forget(changed)
 
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """Own all instances. Cancelling it kills them; use `close` for a gentle end."""
@@ -186,9 +308,7 @@ class Pool:
             self._nursery = nursery
             task_status.started()
             try:
-                while True:
-                    await trio.sleep(_TICK)
-                    self._tick()
+                await trio.sleep_forever()
             finally:
                 self._closed = True  # whoever still waits doesn't get what is about to be killed
 
@@ -201,15 +321,19 @@ class Pool:
         for instance in instances:
             await instance.wait_gone()
 
-    def _tick(self) -> None:
-        now = trio.current_time()
-        for instance in list(self.all()):
-            instance.close_stale_connections()
-            limit = instance.profile.idle_timeout_seconds
-            idle = instance.state is State.READY and instance.busy_slots == 0
-            if idle and 0 < limit <= now - instance.last_used:
-                log.info("draining", instance=instance.id, reason=f"idle for {limit:g} s")
-                instance.drain("idle")
+    def _look(self, profile: Profile) -> None:
+        if profile.key not in self._looking and self._nursery is not None:
+            self._looking.add(profile.key)
+            self._nursery.start_soon(self._look_and_tell, profile)
+
+    async def _look_and_tell(self, profile: Profile) -> None:
+        try:
+            await self.memory.look(profile)
+        finally:
+            self._looking.discard(profile.key)
+        self.on_change(profile.key)
+
+    # Told by instances.
 
     def _changed(self, instance: Instance) -> None:
         """An instance became ready, has a slot less busy, or is gone."""
@@ -218,14 +342,17 @@ class Pool:
         self.on_change(instance.profile.key)
 
     def _note_ready(self, instance: Instance) -> None:
-        self._trouble.pop(instance.profile.key, None)
-        learned, facts = self._learned.of(instance.profile.key), instance.facts
+        key = instance.profile.key
+        self._troubles.note_ready(key)
+        learned, facts = self._learned.of(key), instance.facts
         learned.n_slots = instance.slots
         learned.n_ctx = facts.n_ctx or learned.n_ctx
         learned.context_length = facts.n_ctx_slot or learned.context_length
         learned.n_ctx_train = facts.n_ctx_train or learned.n_ctx_train
         learned.load_seconds = round(instance.ready_after, 3)
-        self._stats.profile(instance.profile.key).load_seconds = instance.ready_after
+        stats = self._stats.profile(key)
+        stats.load_seconds = instance.ready_after
+        stats.start_seconds.observe(instance.ready_after)
 
     def _remove(self, instance: Instance) -> None:
         key = instance.profile.key
@@ -235,43 +362,35 @@ class Pool:
         group.remove(instance)
         if not group:
             del self._instances[key]
-        if instance.failure is None:
+        now, failure = trio.current_time(), instance.failure
+        if failure is None:
             log.info("gone", instance=instance.id, reason=instance.end_reason)
         elif instance.was_ready:
             self._stats.profile(key).crashes_total += 1
-            log.error("crashed", instance=instance.id, error=str(instance.failure))
+            pause = self._troubles.note_crash(instance.profile, now)
+            log.error("crashed", instance=instance.id, error=str(failure), next_start_in_seconds=pause)
+            if pause:
+                self._wake_later(key, pause)
         else:
-            self._note_failed_start(key, instance)
+            self._stats.profile(key).start_failures_total += 1
+            self.memory.forget(instance.profile)  # the file may be another one by now
+            trouble, again = self._troubles.note_failed_start(instance.profile, failure, now)
+            log.error(
+                "start failed",
+                instance=instance.id,
+                error=str(failure),
+                attempt=trouble.failures,
+                next_try_in_seconds=again,
+            )
+            if again is not None:
+                self._wake_later(key, again)
 
-    def _note_failed_start(self, key: str, instance: Instance) -> None:
-        now = trio.current_time()
-        trouble = self._trouble.setdefault(key, Trouble())
-        trouble.last = instance.failure
-        self._stats.profile(key).start_failures_total += 1
-        if trouble.exhausted and now < trouble.rest_until:
-            # Begun beside the one that was the last try of the round, which is over: no new one.
-            log.error("start failed", instance=instance.id, error=str(instance.failure))
-            return
-        trouble.failures = 1 if trouble.exhausted else trouble.failures + 1
-        if trouble.exhausted:
-            pause = trouble.next_rest
-            trouble.next_rest = min(_REST_MAX, pause * 2)
-        else:
-            pause = _RETRY_PAUSE * 2 ** (trouble.failures - 1)
-        trouble.rest_until = now + pause
-        log.error(
-            "start failed",
-            instance=instance.id,
-            error=str(instance.failure),
-            attempt=trouble.failures,
-            next_try_in_seconds=round(pause, 1),
-        )
+    def _wake_later(self, key: str, pause: float) -> None:
         if self._nursery is not None:
-            self._nursery.start_soon(self._wake_at, key, trouble.rest_until)
+            self._nursery.start_soon(self._wake_at, key, trio.current_time() + pause)
 
     async def _wake_at(self, key: str, moment: float) -> None:
         await trio.sleep_until(moment)
-        self._port_wait.discard(key)
         self.on_change(key)
 
 

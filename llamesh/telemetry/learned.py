@@ -8,15 +8,25 @@ nothing. A file that can't be read is set aside with a warning: learning starts 
 from __future__ import annotations
 
 import contextlib
+import glob
 import os
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, TypeAlias
 
 import msgspec
+import psutil
 
 from llamesh.telemetry.logs import get_logger
 
 log = get_logger("learned")
+
+
+# Whoever edits the file by hand may be mistaken; admission must not add up negative sizes.
+_Count: TypeAlias = Annotated[int, msgspec.Meta(ge=0)]
+_Amount: TypeAlias = Annotated[float, msgspec.Meta(ge=0)]
+
+# Far above what 500 argument lists and a thousand profiles take.
+_MAX_BYTES = 16 << 20
 
 
 class Learned(msgspec.Struct, omit_defaults=True):
@@ -27,19 +37,19 @@ class Learned(msgspec.Struct, omit_defaults=True):
     start to ready; tokens_per_second: decode speed of one answer.
     """
 
-    n_ctx: int = 0
-    context_length: int = 0
-    n_ctx_train: int = 0
-    n_slots: int = 0
-    load_seconds: float = 0.0
-    tokens_per_second: float = 0.0
+    n_ctx: _Count = 0
+    context_length: _Count = 0
+    n_ctx_train: _Count = 0
+    n_slots: _Count = 0
+    load_seconds: _Amount = 0.0
+    tokens_per_second: _Amount = 0.0
 
 
 class Peak(msgspec.Struct):
     """The most that an instance with certain arguments was seen to hold, in MiB."""
 
-    vram_mb: int = 0
-    sysmem_mb: int = 0
+    vram_mb: _Count = 0
+    sysmem_mb: _Count = 0
 
 
 # More argument lists than anyone tries out; the one that was measured least recently goes first.
@@ -73,8 +83,10 @@ class LearnedValues:
 
     def load(self) -> None:
         """Read the file, if there is one. Never raises for what is in it."""
+        self._remove_parts()
         try:
-            data = self._path.read_bytes()
+            with self._path.open("rb") as file:
+                data = file.read(_MAX_BYTES + 1)
         except FileNotFoundError:
             return
         except OSError as error:
@@ -82,6 +94,8 @@ class LearnedValues:
             log.warning("learned values can't be read; learning starts anew", error=str(error))
             return
         try:
+            if len(data) > _MAX_BYTES:
+                raise msgspec.ValidationError(f"larger than {_MAX_BYTES >> 20} MiB")
             document = msgspec.json.decode(data, type=dict[str, Any])
             profiles = document.pop("profiles", {})
             if not isinstance(profiles, dict):
@@ -105,12 +119,19 @@ class LearnedValues:
 
     def save(self) -> None:
         """Write the file when something changed, atomically. An unwritable one is a warning."""
+        self.write(self.encode())
+
+    def encode(self) -> bytes:
+        """What the file should hold now; in the thread that changes the values."""
         profiles = {
             key: {**self._unknown.get(key, {}), **msgspec.to_builtins(values)}
             for key, values in sorted(self.profiles.items())
         }
         document = {**self._others, "version": 1, "profiles": profiles, "peaks": self.peaks}
-        data = msgspec.json.format(msgspec.json.encode(document), indent=1)
+        return msgspec.json.format(msgspec.json.encode(document), indent=1)
+
+    def write(self, data: bytes) -> None:
+        """Make that the file's content, in any thread, but one at a time. Blocking, for the disk's sake."""
         if data == self._saved:
             return
         part = self._path.with_name(f"{self._path.name}.{os.getpid()}.part")
@@ -126,3 +147,11 @@ class LearnedValues:
             with contextlib.suppress(OSError):
                 part.unlink()
             log.warning("learned values can't be saved", file=str(self._path), error=str(error))
+
+    def _remove_parts(self) -> None:
+        """What a node that was killed while writing has left; those of living ones stay."""
+        with contextlib.suppress(OSError):
+            for part in self._path.parent.glob(f"{glob.escape(self._path.name)}.*.part"):
+                owner = part.name.removeprefix(f"{self._path.name}.").removesuffix(".part")
+                if owner.isdecimal() and (int(owner) == os.getpid() or not psutil.pid_exists(int(owner))):
+                    part.unlink()

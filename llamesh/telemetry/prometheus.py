@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import psutil
 from prometheus_client import CollectorRegistry, generate_latest
@@ -22,11 +22,19 @@ from llamesh.telemetry.stats import Histogram, NodeStats, ProfileStats
 
 @dataclass(frozen=True, slots=True)
 class Gauges:
-    """What is counted elsewhere: instances by (profile key, state), queue length by profile key."""
+    """What is counted elsewhere: instances by (profile key, state), queue length by profile key, bytes of
+    memory by ("vram" or "sysmem", what), evictions by reason, and of the files: reloads, refused ones,
+    and whether what is on disk is in force. `profile_memory`: bytes by (profile key, "vram" or "sysmem",
+    "estimated" or "measured").
+    """
 
     instances: dict[tuple[str, str], int]
     queued: dict[str, int]
     ready: bool
+    memory: dict[tuple[str, str], int] = field(default_factory=dict)
+    evictions: dict[str, int] = field(default_factory=dict)
+    files: tuple[int, int, bool] = (0, 0, True)
+    profile_memory: dict[tuple[str, str, str], int] = field(default_factory=dict)
 
 
 class NodeCollector(Collector):
@@ -103,6 +111,7 @@ class NodeCollector(Collector):
                 "Until the first byte of an answer",
                 lambda s: s.first_byte_seconds,
             ),
+            ("llamesh_start_duration_seconds", "From process start to ready", lambda s: s.start_seconds),
             ("llamesh_queue_wait_seconds", "Until an instance took the request", lambda s: s.queue_seconds),
         )
         for name, text, read in histograms:
@@ -130,6 +139,7 @@ class NodeCollector(Collector):
         yield GaugeMetricFamily(
             "llamesh_connections", "Open client connections", value=self._stats.connections
         )
+        yield from self._memory_and_files(now)
         times = self._process.cpu_times()
         yield CounterMetricFamily(
             "process_cpu_seconds", "CPU time of this process", value=times.user + times.system
@@ -139,6 +149,37 @@ class NodeCollector(Collector):
         )
         yield GaugeMetricFamily(
             "process_start_time_seconds", "Start, Unix time", value=self._process.create_time()
+        )
+
+    @staticmethod
+    def _memory_and_files(now: Gauges) -> Iterator[Metric]:
+        memory = GaugeMetricFamily(
+            "llamesh_memory_bytes",
+            "Memory of the machine: total, used, external (others' programs), reserved (instances), maximum",
+            labels=("kind", "what"),
+        )
+        for labels, size in now.memory.items():
+            memory.add_metric(labels, size)
+        yield memory
+        profiles = GaugeMetricFamily(
+            "llamesh_profile_memory_bytes",
+            "Memory of a profile: estimated for one instance, measured over all that run",
+            labels=("model", "profile", "kind", "what"),
+        )
+        for (key, kind, what), size in now.profile_memory.items():
+            profiles.add_metric((*_labels(key), kind, what), size)
+        yield profiles
+        evictions = CounterMetricFamily(
+            "llamesh_instance_drains", "Instances that were told to leave", labels=("reason",)
+        )
+        for reason, count in now.evictions.items():
+            evictions.add_metric((reason,), count)
+        yield evictions
+        reloads, refusals, in_force = now.files
+        yield CounterMetricFamily("llamesh_reloads", "Changes of the files that were taken in", value=reloads)
+        yield CounterMetricFamily("llamesh_reload_failures", "Changes that were refused", value=refusals)
+        yield GaugeMetricFamily(
+            "llamesh_config_in_force", "1 when the files as they are now are in force", value=float(in_force)
         )
 
 

@@ -67,6 +67,7 @@ class ProfileStats:
     start_failures_total: int = 0
     crashes_total: int = 0
     load_seconds: float = 0.0  # of the last start; 0 = never started
+    start_seconds: Histogram = field(default_factory=Histogram)
     queue_seconds: Histogram = field(default_factory=Histogram)
     first_byte_seconds: Histogram = field(default_factory=Histogram)
     duration_seconds: Histogram = field(default_factory=Histogram)

@@ -19,6 +19,10 @@ class Access:
     """
 
     def __init__(self, settings: Settings) -> None:
+        self.configure(settings)
+
+    def configure(self, settings: Settings) -> None:
+        """Take over settings, at the start and after a reload."""
         auth = settings.auth
         self._enabled = auth.enabled
         self._header = auth.required_header.lower().encode()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ipaddress
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Any
 
 import msgspec
@@ -11,25 +11,22 @@ from quart import Response, request
 from quart_trio import QuartTrio
 from werkzeug.exceptions import HTTPException
 
-from llamesh.config.cookbook import Cookbook, Profile
-from llamesh.config.settings import Settings
 from llamesh.errors import (
+    Forbidden,
     InternalError,
     InvalidRequest,
     LlameshError,
     MethodNotAllowed,
-    ModelNotFound,
     NotFound,
     RequestTooLarge,
 )
-from llamesh.local.pool import Pool
 from llamesh.net.exchange import Headers
 from llamesh.telemetry.logs import get_logger
 from llamesh.telemetry.prometheus import NodeCollector, exposition
 from llamesh.web.access import Access
+from llamesh.web.admin import Act, Administration, add_admin_routes
 from llamesh.web.openai import ROUTES
 from llamesh.web.pages import Pages
-from llamesh.web.prewarm import Prewarm
 
 log = get_logger("app")
 
@@ -48,13 +45,7 @@ _PAGE_HEADERS = {
 
 
 def build_app(
-    settings: Settings,
-    cookbook: Callable[[], Cookbook],
-    pages: Pages,
-    pool: Pool,
-    prewarm: Prewarm,
-    collector: NodeCollector,
-    access: Access,
+    pages: Pages, administration: Administration, collector: NodeCollector, access: Access
 ) -> QuartTrio:
     """The application; it owns nothing and starts nothing."""
     app = QuartTrio(__name__, static_folder="static", static_url_path="/ui/static")
@@ -62,18 +53,12 @@ def build_app(
     app.config["MAX_CONTENT_LENGTH"] = 1 << 20  # admin calls; inference has its own limit elsewhere
     app.json.sort_keys = False  # type: ignore[attr-defined]
 
-    def admin() -> None:
-        client = request.remote_addr or ""
-        access.check_admin(_headers(), loopback=_is_loopback(client))
-
-    def wanted(document: dict[str, Any]) -> Profile:
-        name = document.get("model")
-        if not isinstance(name, str) or not name:
-            raise InvalidRequest("`model` must name a model of GET /v1/models", param="model")
-        profile = cookbook().find(name)
-        if profile is None:
-            raise ModelNotFound(f"node {settings.node_id} knows no model {name[:120]!r}", param="model")
-        return profile
+    async def perform(act: Act) -> Response:
+        access.check_admin(_headers(), loopback=_is_loopback(request.remote_addr or ""))
+        if request.method != "POST":
+            _check_deliberate()
+        status, document = await act(await _body())
+        return _answer(document, status)
 
     @app.errorhandler(Exception)
     async def on_error(error: Exception) -> Response:
@@ -113,25 +98,7 @@ def build_app(
     async def ui() -> Response:
         return await app.send_static_file("index.html")
 
-    @app.post("/admin/prewarm")
-    async def admin_prewarm() -> Response:
-        admin()
-        document = await _body()
-        wait = document.get("wait", True)
-        if not isinstance(wait, bool):
-            raise InvalidRequest("`wait` must be true or false", param="wait")
-        outcome = await prewarm.run(wanted(document), wait=wait)
-        return _answer(outcome, 200 if outcome["status"] == "loaded" else 202)
-
-    @app.post("/admin/unload")
-    async def admin_unload() -> Response:
-        admin()
-        document = await _body()
-        keys = [wanted(document).key] if "model" in document else [p.key for p in cookbook().profiles]
-        ids = tuple(i.id for key in keys for i in pool.instances(key))
-        pool.drain(ids, "unloaded on request")
-        return _answer({"unloading": list(ids)})
-
+    add_admin_routes(app, administration, perform)
     known = {rule.rule: frozenset(rule.methods or ()) for rule in app.url_map.iter_rules()}
 
     @app.route("/<path:path>", methods=_METHODS)
@@ -154,6 +121,14 @@ def build_app(
 
 def _headers() -> Headers:
     return [(k.lower().encode("latin-1"), v.encode("latin-1")) for k, v in request.headers.items()]
+
+
+def _check_deliberate() -> None:
+    """For an act by GET: any page may have a browser send one, as an image, and without `Origin`."""
+    if request.method != "GET":
+        raise _not_allowed({"GET"})
+    if request.headers.get("sec-fetch-site", "none") != "none":
+        raise Forbidden("web pages may not administer by GET")
 
 
 async def _body() -> dict[str, Any]:

@@ -6,14 +6,13 @@ errors, counts and logs it is here, so that both lanes give the same answers.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import trio
 
-from llamesh.config.cookbook import Cookbook
+from llamesh.config.current import Current
 from llamesh.config.settings import Settings
-from llamesh.dispatch import Ask, Dispatch
+from llamesh.dispatch import Dispatch
 from llamesh.errors import InternalError, InvalidRequest, LlameshError
+from llamesh.lease import Ask
 from llamesh.net.exchange import Headers
 from llamesh.telemetry.logs import get_logger
 from llamesh.telemetry.stats import NodeStats, ProfileStats
@@ -29,16 +28,23 @@ log = get_logger("request")
 class Gateway:
     """Everything that a lane needs to answer inference requests."""
 
-    def __init__(
-        self, settings: Settings, cookbook: Callable[[], Cookbook], dispatch: Dispatch, stats: NodeStats
-    ) -> None:
-        self.settings = settings
-        self.access = Access(settings)
+    def __init__(self, current: Current, dispatch: Dispatch, stats: NodeStats) -> None:
+        self._current = current
+        self.access = Access(current.settings)
         self.budget = Budget()
         self.stats = stats
-        self._cookbook = cookbook
         self._dispatch = dispatch
-        self._relay = Relay(settings, dispatch)
+        self._relay = Relay(current.settings, dispatch)
+
+    @property
+    def settings(self) -> Settings:
+        """The settings in force."""
+        return self._current.settings
+
+    def apply_settings(self) -> None:
+        """The settings have changed: take over what is kept ready for the hot path."""
+        self.access.configure(self.settings)
+        self._relay.configure(self.settings)
 
     def admit(self, headers: Headers) -> None:
         """What can be refused before the body is read. Raises LlameshError."""
@@ -113,7 +119,7 @@ class Gateway:
                 break
         wish = read_wish(content_type, inbound.query, inbound.body.view())
         profile = choose_profile(
-            self._cookbook(), wish, route, self.settings.default_model, self.settings.node_id
+            self._current.cookbook, wish, route, self.settings.default_model, self.settings.node_id
         )
         # Only text streams; elsewhere llama-server ignores the wish, and so must the keep-alives.
         return Ask(profile, inbound.request_id, wish.streams and route.needs == "text")

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from dataclasses import replace
+from pathlib import PurePath
 from typing import Any
 from urllib.parse import unquote
 
 import msgspec
-import psutil
 import trio
 
 import llamesh
 from llamesh.config.cookbook import Cookbook, Profile
+from llamesh.config.problems import ConfigError
 from llamesh.config.settings import Settings
-from llamesh.core.capacity import Later, Never
+from llamesh.config.store import Store
+from llamesh.core.capacity import Need
 from llamesh.core.lifecycle import State
 from llamesh.dispatch import Dispatch
 from llamesh.errors import LlameshError, ModelNotFound
@@ -30,22 +32,33 @@ _CREATED = 1_700_000_000
 
 _MIB = 1 << 20
 
+# member of `node_resources` -> labels of llamesh_memory_bytes
+_MEMORY_GAUGES = (
+    ("max_vram_mb", "vram", "maximum"),
+    ("max_sysmem_mb", "sysmem", "maximum"),
+    ("reserved_vram_mb", "vram", "reserved"),
+    ("reserved_sysmem_mb", "sysmem", "reserved"),
+    ("external_vram_mb", "vram", "external"),
+    ("external_sysmem_mb", "sysmem", "external"),
+    ("device_vram_total_mb", "vram", "total"),
+    ("sysmem_total_mb", "sysmem", "total"),
+    ("device_vram_used_mb", "vram", "used"),
+)
+
 
 class Pages:
     """Reads the state of the node into documents; changes nothing."""
 
     def __init__(
         self,
-        settings: Settings,
-        cookbook: Callable[[], Cookbook],
+        store: Store,
         pool: Pool,
         dispatch: Dispatch,
         stats: NodeStats,
         learned: LearnedValues,
         access: Access,
     ) -> None:
-        self._settings = settings
-        self._cookbook = cookbook
+        self._store = store
         self._pool = pool
         self._dispatch = dispatch
         self._stats = stats
@@ -53,6 +66,13 @@ class Pages:
         self._access = access
         self._started = time.time()
         self.address = ""
+
+    @property
+    def _settings(self) -> Settings:
+        return self._store.current.settings
+
+    def _cookbook(self) -> Cookbook:
+        return self._store.current.cookbook
 
     def fast(self, path: bytes, headers: Headers) -> tuple[int, Headers, bytes] | None:
         """The GETs of the fast lane: status, headers, body; None when `path` isn't one of them."""
@@ -95,11 +115,16 @@ class Pages:
         return self._model(profile)
 
     def ready(self) -> dict[str, Any]:
-        """`GET /readyz`: `status` is "ready" or "draining"; `can_spawn`: one more instance may start."""
+        """`GET /readyz`: `status` is "ready" or "draining" (for a `reason`); `can_spawn`: one more instance
+        may start; `config_problems`: mistakes in files that were changed and therefore not taken in.
+        """
+        closed, problems = self._dispatch.closed, self._store.problems
         return {
-            "status": "draining" if self._dispatch.draining else "ready",
-            "can_spawn": not self._dispatch.draining and not isinstance(self._pool.room(), Later | Never),
+            "status": "draining" if closed else "ready",
+            "can_spawn": not closed and self._pool.can_spawn(),
             "node_id": self._settings.node_id,
+            "reason": closed or None,
+            "config_problems": _shown(problems) if problems else [],
         }
 
     def version(self) -> dict[str, Any]:
@@ -148,7 +173,7 @@ class Pages:
         profiles = self._cookbook().profiles
         loaded = sorted({i.profile.key for i in self._pool.all() if i.state is State.READY})
         node = {
-            "ready": not self._dispatch.draining,
+            "ready": not bool(self._dispatch.closed),
             "version": llamesh.__version__,
             "llama_cpp_version": self._pool.engine.version,
             "address": self.address,
@@ -189,7 +214,21 @@ class Pages:
             at = (instance.profile.key, instance.state.value)
             instances[at] = instances.get(at, 0) + 1
         queued = {p.key: self._dispatch.queue_length(p.key) for p in self._cookbook().profiles}
-        return Gauges(instances, queued, not self._dispatch.draining)
+        resources = self._resources()
+        memory = {
+            (kind, what): resources[name] * _MIB
+            for name, kind, what in _MEMORY_GAUGES
+            if resources[name] is not None
+        }
+        return Gauges(
+            instances,
+            queued,
+            not self._dispatch.closed,
+            memory,
+            dict(self._pool.evictions),
+            (self._store.reloads, self._store.refusals, self._store.problems is None),
+            self._profile_memory(),
+        )
 
     # Parts.
 
@@ -233,24 +272,72 @@ class Pages:
         return {"value": "unloaded"}
 
     def _model_stats(self, profile: Profile) -> dict[str, Any]:
+        memory = self._pool.memory
+        holdings = [held for i in self._pool.instances(profile.key) if (held := memory.held(i)) is not None]
+        size = memory.size(profile)
         return {
             "instance_count": len(self._pool.instances(profile.key)),
             "queue_len": self._dispatch.queue_length(profile.key),
             "tps": round(self._stats.profile(profile.key).tokens_per_second, 2),
-            "vram_mb": None,
-            "sysmem_mb": None,
+            "vram_mb": sum(held.vram for held in holdings) if holdings else None,
+            "sysmem_mb": sum(held.sysmem for held in holdings) if holdings else None,
+            "estimated_vram_mb": size.need.vram if size else None,
+            "estimated_sysmem_mb": size.need.sysmem if size else None,
+            "estimate_source": size.source if size else None,
         }
 
+    def _profile_memory(self) -> dict[tuple[str, str, str], int]:
+        found = {}
+        for profile in self._cookbook().profiles:
+            stats = self._model_stats(profile)
+            for kind in ("vram", "sysmem"):
+                for what, name in (("measured", f"{kind}_mb"), ("estimated", f"estimated_{kind}_mb")):
+                    if stats[name] is not None:
+                        found[profile.key, kind, what] = stats[name] * _MIB
+        return found
+
     def _resources(self) -> dict[str, Any]:
-        """MiB; None = not known. GPU sensors aren't read yet, which is said, not guessed."""
+        """MiB; None = not known."""
+        memory, budget = self._pool.memory, self._pool.memory.budget()
+        held = Need()
+        for instance in self._pool.all():
+            held += memory.charge(instance)
+        device = memory.accounts.device_wide if memory.accounts is not None else None
+        system = memory.accounts.sysmem if memory.accounts is not None else None
+        known = device is not None and device.external is not None
         return {
-            "available_vram": None,
-            "available_sysmem": psutil.virtual_memory().available // _MIB,
-            "external_vram_mb": None,
-            "device_vram_used_mb": None,
-            "device_vram_total_mb": None,
-            "gpu_telemetry_available": False,
+            "available_vram": _left(budget.vram_now, held.vram),
+            "available_sysmem": _left(budget.sysmem_now, held.sysmem),
+            "reserved_vram_mb": held.vram,
+            "reserved_sysmem_mb": held.sysmem,
+            "max_vram_mb": budget.vram,
+            "max_sysmem_mb": budget.sysmem,
+            "external_vram_mb": _mib(device.external) if device else None,
+            "external_sysmem_mb": _mib(system.external) if system else None,
+            "device_vram_used_mb": _mib(device.ours + device.external)
+            if device is not None and device.external is not None
+            else None,
+            "device_vram_total_mb": _mib(device.total) if device else None,
+            "sysmem_total_mb": _mib(system.total) if system else None,
+            "gpu_telemetry_available": known,
+            "evictions": dict(self._pool.evictions),
         }
+
+
+def _shown(error: ConfigError) -> list[str]:
+    """The problems for everybody's eyes: where the files are is the operator's business, who has the log."""
+    return [
+        str(replace(problem, file=PurePath(problem.file).name))
+        for problem in error.problems[: ConfigError.SHOWN]
+    ]
+
+
+def _mib(size: int | None) -> int | None:
+    return None if size is None else size // _MIB
+
+
+def _left(limit: int | None, used: int) -> int | None:
+    return None if limit is None else max(0, limit - used)
 
 
 def _json(status: int, document: Any) -> tuple[int, Headers, bytes]:

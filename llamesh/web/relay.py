@@ -23,8 +23,9 @@ import trio
 
 from llamesh.config.settings import Settings
 from llamesh.core.lifecycle import State
-from llamesh.dispatch import Ask, Dispatch, Lease
+from llamesh.dispatch import Dispatch
 from llamesh.errors import LlameshError, UpstreamError, UpstreamTimeout
+from llamesh.lease import Ask, Lease
 from llamesh.local.instance import Instance
 from llamesh.net.exchange import Headers, UpstreamBroken, UpstreamConnection
 from llamesh.telemetry.logs import get_logger
@@ -84,6 +85,10 @@ class Relay:
 
     def __init__(self, settings: Settings, dispatch: Dispatch) -> None:
         self._dispatch = dispatch
+        self.configure(settings)
+
+    def configure(self, settings: Settings) -> None:
+        """Take over settings, at the start and after a reload."""
         self._node = settings.node_id
         self._node_header = settings.node_id.encode()
         self._key_header = settings.auth.required_header.lower().encode()
@@ -120,7 +125,7 @@ class Relay:
             outcome.attempts += 1
             lease = self._dispatch.take(ask)
             if lease is None:
-                lease = await self._wait_for_turn(ask, route, sink)
+                lease = await self._wait_for_turn(ask, route, sink, again=outcome.attempts > 1)
             outcome.queued_seconds += lease.queued_seconds
             outcome.instance = lease.instance.id
             try:
@@ -131,10 +136,10 @@ class Relay:
                 if outcome.first_byte_seconds is not None:
                     return
 
-    async def _wait_for_turn(self, ask: Ask, route: Route, sink: Sink) -> Lease:
+    async def _wait_for_turn(self, ask: Ask, route: Route, sink: Sink, *, again: bool) -> Lease:
         """Wait in the queue; a stream hears after a while, and again and again, what it waits for."""
         every = self._keepalive if ask.streams else math.inf
-        with self._dispatch.join(ask) as ticket:
+        with self._dispatch.join(ask, admitted=again) as ticket:
             while True:
                 lease = await ticket.wait(every)
                 if lease is not None:
@@ -257,6 +262,9 @@ class Relay:
             with trio.move_on_after(_REAP_SECONDS):
                 await instance.wait_gone()
         why = str(instance.failure or error)
+        if instance.end_reason == "given up":
+            # It took very long to find out; another instance would hang on it just the same.
+            outcome.attempts = _MAX_ATTEMPTS
         log.warning("upstream broke", instance=instance.id, error=why, attempt=outcome.attempts)
         if outcome.first_byte_seconds is not None:
             outcome.error = outcome.error or "cut"

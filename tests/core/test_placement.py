@@ -60,14 +60,17 @@ def decide(
         (decide(STARTING, waiting=1, expected=0), Wait("loading")),
         # 4. All instances that it may have.
         (decide(FULL, most=1), Wait("queued")),
-        (decide(LEAVING, most=1), Wait("queued")),
+        (decide(LEAVING, FULL, most=2), Wait("queued")),
+        (decide(LEAVING, most=1), Wait("waiting for its own last instance to leave")),
         (decide(STARTING, waiting=9, most=1), Wait("loading")),
         # 5. After a failed start.
         (decide(resting=True), Wait("waiting before the next try to start it")),
         # 6. What the machine says.
         (decide(), Spawn()),
         (decide(FULL), Spawn()),
+        (decide(room=Fits(on_cpu=True)), Spawn(on_cpu=True)),
         (decide(room=Evict(("a", "b"))), Spawn(("a", "b"))),
+        (decide(room=Evict(("a",), on_cpu=True)), Spawn(("a",), on_cpu=True)),
         (decide(room=Later("soon")), Wait("soon")),
         (decide(room=Never("too big")), Refuse("too big")),
     ],

@@ -223,7 +223,10 @@ async def test_a_crash_in_the_middle_of_an_answer(tmp_path: Path) -> None:
         await here.until(lambda: here.stats.profile("m:default").crashes_total == 1, "crash counted")
         assert (await here.complete(profile))[0] == 200
         assert len(launches(Path(str(tmp_path / "m.json")))) == 2
-        assert here.pool.trouble("m:default") is None
+        trouble = here.pool.trouble("m:default")
+        assert trouble is not None
+        assert (trouble.crashes, trouble.failures) == (1, 0)
+        assert not here.pool.resting("m:default")
 
 
 async def test_draining_waits_for_leases(tmp_path: Path) -> None:

@@ -11,12 +11,16 @@ from typing import Any
 
 import trio
 
-from llamesh.config.cookbook import ModelPath, Profile
+from llamesh.config.cookbook import Cookbook, ModelPath, Profile
+from llamesh.config.current import Current
 from llamesh.config.settings import Settings
 from llamesh.core.lifecycle import State
-from llamesh.dispatch import Ask, Dispatch, Lease
+from llamesh.dispatch import Dispatch
+from llamesh.lease import Ask, Lease
 from llamesh.local.instance import Instance
+from llamesh.local.keeper import Keeper
 from llamesh.local.launch import DEFAULT_BINARY_PATH, Engine, find_engine
+from llamesh.local.memory import Memory
 from llamesh.local.orphans import Ledger
 from llamesh.local.pool import Pool
 from llamesh.local.ports import Ports
@@ -102,14 +106,17 @@ async def local(
     """A running pool; `binary` None means the embedded engine. At the end no child and no port is left."""
     path = DEFAULT_BINARY_PATH if binary is None else binary
     engine: Engine = await find_engine(path, environ=clean_environment({}), ask_seconds=1)
-    made = Settings(node_id="node-a", **settings)
+    current = Current(Settings(node_id="node-a", **settings), Cookbook((), {}))
     stats, learned = NodeStats(), LearnedValues(tmp_path / "metrics.json")
     ports = ports or Ports(None)
     ledger = Ledger(tmp_path / "children")
-    pool = Pool(made, engine, ports, ledger, stats, learned)
-    dispatch = Dispatch(made, pool, learned)
+    memory = Memory(current, engine, learned)
+    pool = Pool(current, engine, ports, ledger, stats, learned, memory)
+    dispatch = Dispatch(current, pool, learned)
+    keeper = Keeper(current, pool)
     async with trio.open_nursery() as nursery:
         await nursery.start(pool.run)
+        nursery.start_soon(keeper.run)
         yield Local(dispatch, pool, ports, stats, learned)
         await pool.close()
         assert list(pool.all()) == []

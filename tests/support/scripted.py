@@ -7,7 +7,8 @@ each start of a profile, how long it loads, how many slots it has and how it end
 from __future__ import annotations
 
 import os
-from collections.abc import AsyncIterator, Callable
+from collections import defaultdict
+from collections.abc import AsyncIterator, Callable, Iterable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,17 +17,24 @@ from typing import Any, cast
 import trio
 import trio.testing
 
-from llamesh.config.cookbook import FromArguments, Profile
+from llamesh.config.cookbook import Cookbook, FromArguments, Profile
+from llamesh.config.current import Current
 from llamesh.config.settings import Settings
+from llamesh.core.capacity import Budget, Need
 from llamesh.core.lifecycle import State
-from llamesh.dispatch import Ask, Dispatch, Lease
+from llamesh.dispatch import Dispatch
 from llamesh.errors import LlameshError
-from llamesh.local.instance import Failure, Instance
+from llamesh.lease import Ask, Lease
+from llamesh.local.failure import Failure
+from llamesh.local.instance import Instance
+from llamesh.local.keeper import Keeper
 from llamesh.local.launch import Engine
+from llamesh.local.memory import Memory
 from llamesh.local.orphans import Ledger
 from llamesh.local.pool import Pool
 from llamesh.local.ports import Ports
 from llamesh.local.process import Child
+from llamesh.local.sizing import Size
 from llamesh.local.startup import Progress
 from llamesh.telemetry.learned import LearnedValues
 from llamesh.telemetry.stats import NodeStats
@@ -36,14 +44,15 @@ from llamesh.telemetry.stats import NodeStats
 class Play:
     """One start: loads for `load` s (for ever: inf) and serves `slots` requests at once.
 
-    `fails`: the process ends where it would have become ready. `crashes_after`: it ends so long
-    after it became ready. `leaves`: how long it takes to end when told to. `progress`: whether the
-    load moves. `work`: how long it works on a request that was abandoned.
+    `fails`: the process ends where it would have become ready; `memory`: for want of it.
+    `crashes_after`: it ends so long after it became ready. `leaves`: how long it takes to end when told
+    to. `progress`: whether the load moves. `work`: how long it works on a request that was abandoned.
     """
 
     load: float = 1.0
     slots: int = 1
     fails: bool = False
+    memory: bool = False
     crashes_after: float | None = None
     leaves: float = 0.0
     progress: bool = True
@@ -103,7 +112,9 @@ class Scripted(Instance):
             await self.crash.wait()
             nursery.cancel_scope.cancel()
         if not self.asked_to_end:
-            self.failure = Failure("it crashed, as told", 1, "the last words")
+            out_of_memory = self.play.memory and not self.was_ready
+            words = "cudaMalloc failed: out of memory" if out_of_memory else "the last words"
+            self.failure = Failure("it crashed, as told", 1, words)
 
     async def _become_healthy(self, child: Child, progress: Progress) -> bool:
         ready = trio.current_time() + self.play.load
@@ -111,7 +122,7 @@ class Scripted(Instance):
             if self.play.progress:
                 self.last_progress = now
             await trio.sleep(min(1.0, ready - now))
-        if self.play.fails:
+        if self.play.fails or self.play.memory:
             self.crash.set()
             await trio.sleep_forever()
         return True
@@ -131,17 +142,74 @@ class Scripted(Instance):
         self.crash.set()
 
 
+class FakeMemory(Memory):
+    """A machine of any size, whose sensors see what the test says, in MiB.
+
+    `sizes`: what a profile's instances need, by key; 0 where nothing is said. `strangers`: what others
+    have. `held`: what an instance was seen to hold, by id; else it counts with its need.
+    """
+
+    def __init__(self, current: Current, vram: int | None = None, sysmem: int | None = None) -> None:
+        self.vram, self.sysmem = vram, sysmem
+        self.sizes: defaultdict[str, Size] = defaultdict(lambda: Size(Need()))
+        self.strangers = Need()
+        self.seen: dict[str, Need] = {}
+        self.look_seconds = 0.0
+        self.intruder = ""
+        self.reading = self.accounts = None
+        self._current = current
+        self._looked: set[str] = set()
+
+    def size(self, profile: Profile) -> Size | None:
+        if self.look_seconds and profile.key not in self._looked:
+            return None
+        return self.sizes[profile.key]
+
+    async def look(self, profile: Profile) -> None:
+        await trio.sleep(self.look_seconds)
+        self._looked.add(profile.key)
+
+    def forget(self, profile: Profile) -> None:
+        self._looked.discard(profile.key)
+
+    def budget(self) -> Budget:
+        return Budget(
+            self._current.settings.max_instances_per_node,
+            self.vram,
+            self.sysmem,
+            None if self.vram is None else self.vram - self.strangers.vram,
+            None if self.sysmem is None else self.sysmem - self.strangers.sysmem,
+        )
+
+    def charge(self, instance: Instance) -> Need:
+        return self.seen.get(instance.id, instance.need)
+
+
 @dataclass
 class World:
     """A dispatcher over scripted instances."""
 
+    current: Current
     dispatch: Dispatch
     pool: Pool
+    keeper: Keeper
+    memory: FakeMemory
     stage: Stage
     stats: NodeStats
     learned: LearnedValues
     nursery: trio.Nursery
     order: list[Client] = field(default_factory=list)  # as they were served or refused
+
+    def needs(self, wanted: Profile, vram: int = 0, sysmem: int = 0, *, cpu_only: int | None = None) -> None:
+        """Say what an instance of it takes; `cpu_only`: memory without the GPU."""
+        on_cpu = None if cpu_only is None else Need(0, cpu_only)
+        self.memory.sizes[wanted.key] = Size(Need(vram, sysmem), cpu_only=on_cpu)
+
+    def cook(self, profiles: Iterable[Profile]) -> None:
+        """Put another cookbook in force, as a reload does."""
+        self.current.cookbook = Cookbook(tuple(profiles), {})
+        self.dispatch.apply_cookbook()
+        self.pool.apply_cookbook()
 
     async def clients(self, count: int, wanted: Profile) -> list[Client]:
         """Clients that join one after the other."""
@@ -207,31 +275,44 @@ class Client:
 
 @asynccontextmanager
 async def world(
-    plays: dict[str, list[Play]] | None = None, *, ports: Ports | None = None, **settings: Any
+    plays: dict[str, list[Play]] | None = None,
+    *,
+    ports: Ports | None = None,
+    vram: int | None = None,
+    sysmem: int | None = None,
+    cookbook: Iterable[Profile] = (),
+    instance_type: type[Scripted] = Scripted,
+    **settings: Any,
 ) -> AsyncIterator[World]:
     """A running pool with a dispatcher; `plays` by model name. At the end everything is free again."""
     stage = Stage({f"{name}:default": list(several) for name, several in (plays or {}).items()})
-    made = Settings(node_id="node-a", **settings)
+    current = Current(Settings(node_id="node-a", **settings), Cookbook(tuple(cookbook), {}))
+    memory = FakeMemory(current, vram, sysmem)
     stats, learned = NodeStats(), LearnedValues(Path(os.devnull))
     ports = ports or Ports(None)
     pool = Pool(
-        made,
+        current,
         Engine(("none",), "configured", "0"),
         ports,
         Ledger(Path(os.devnull)),
         stats,
         learned,
-        instance_type=type("Staged", (Scripted,), {"stage": stage}),
+        memory,
+        instance_type=type("Staged", (instance_type,), {"stage": stage}),
     )
-    dispatch = Dispatch(made, pool, learned)
+    dispatch = Dispatch(current, pool, learned)
+    keeper = Keeper(current, pool)
+    dispatch.away = keeper.away
     # Virtual seconds: what waits for ever fails instead of hanging.
     with trio.fail_after(20_000):
         async with trio.open_nursery() as nursery:
             await nursery.start(pool.run)
-            yield World(dispatch, pool, stage, stats, learned, nursery)
+            nursery.start_soon(keeper.run)
+            yield World(current, dispatch, pool, keeper, memory, stage, stats, learned, nursery)
             await trio.testing.wait_all_tasks_blocked()  # those who were cancelled have left
             assert dispatch.queue_length() == 0
             assert [one for one in pool.all() if one._slots.leased] == []
+            assert not pool._promises.keys()
             await pool.close()
             assert list(pool.all()) == []
             assert ports.reserved == {}

@@ -100,6 +100,10 @@ def test_nothing_is_written_when_nothing_changed(path: Path) -> None:
         b'{"profiles": {"good:d": {}}, "peaks": [1]}',
         b'{"profiles": {"good:d": {"n_ctx": 1}, "m:d": {"n_ctx": "many"}}}',
         b'{"a": ' + b"[" * 100_000,
+        b'{"profiles": {"m:d": {"n_slots": -1}}}',
+        b'{"profiles": {"m:d": {"load_seconds": -0.5}}}',
+        b'{"peaks": {"engine": {"vram_mb": -70000}}}',
+        b'{"profiles": {"m:d": {"load_seconds": 1e999}}}',
     ],
 )
 def test_a_broken_file_is_set_aside(path: Path, content: bytes) -> None:
@@ -134,3 +138,31 @@ def test_folders_are_made(tmp_path: Path) -> None:
     values = loaded(tmp_path / "new" / "folder" / "metrics.json")
     values.save()
     assert (tmp_path / "new" / "folder" / "metrics.json").exists()
+
+
+def test_what_a_killed_writer_left_is_removed_and_a_living_one_is_let_be(path: Path) -> None:
+    dead, own = f"{path.name}.{1 << 30}.part", f"{path.name}.{os.getpid()}.part"
+    alive, strange = f"{path.name}.{os.getppid()}.part", f"{path.name}.notes.part"
+    for name in (dead, own, alive, strange):
+        path.with_name(name).write_text("{")
+    loaded(path)
+    assert {entry.name for entry in path.parent.iterdir()} == {alive, strange}
+
+
+def test_a_file_beyond_all_measure_is_set_aside_unread(path: Path) -> None:
+    with path.open("wb") as file:
+        file.truncate(1 << 30)
+    assert loaded(path).profiles == {}
+    assert path.with_name("metrics.json.broken").stat().st_size == 1 << 30
+
+
+def test_writing_what_was_encoded_before(path: Path) -> None:
+    """As the node does it: encoded in its own thread, written in another."""
+    values = loaded(path)
+    values.of("m:d").n_ctx = 5
+    data = values.encode()
+    values.of("m:d").n_ctx = 6
+    values.write(data)
+    assert loaded(path).of("m:d").n_ctx == 5
+    values.save()
+    assert loaded(path).of("m:d").n_ctx == 6

@@ -84,3 +84,34 @@ def test_what_is_now() -> None:
     assert samples["llamesh_instances", of("m", "default", state="starting")] == 1
     assert samples["llamesh_queue_length", of("m", "default")] == 7
     assert samples["llamesh_ready", ()] == 0
+
+
+def test_memory_drains_and_files() -> None:
+    gauges = Gauges(
+        {},
+        {},
+        ready=True,
+        memory={("vram", "maximum"): 8 << 30, ("sysmem", "external"): 3},
+        evictions={"idle": 2, "room": 1},
+        files=(4, 2, False),
+        profile_memory={
+            ("m:default", "vram", "estimated"): 5 << 20,
+            ("m:default", "vram", "measured"): 4 << 20,
+        },
+    )
+    samples = scrape(NodeStats(), gauges)
+    assert samples["llamesh_memory_bytes", (("kind", "vram"), ("what", "maximum"))] == 8 << 30
+    assert samples["llamesh_memory_bytes", (("kind", "sysmem"), ("what", "external"))] == 3
+    assert samples["llamesh_instance_drains_total", (("reason", "idle"),)] == 2
+    assert samples["llamesh_instance_drains_total", (("reason", "room"),)] == 1
+    for what, size in (("estimated", 5 << 20), ("measured", 4 << 20)):
+        labels = of("m", "default", kind="vram", what=what)
+        assert samples["llamesh_profile_memory_bytes", labels] == size
+    assert samples["llamesh_reloads_total", ()] == 4
+    assert samples["llamesh_reload_failures_total", ()] == 2
+    assert samples["llamesh_config_in_force", ()] == 0
+
+
+def test_what_is_unknown_is_left_out() -> None:
+    names = {name for name, _ in scrape(NodeStats())}
+    assert not names & {"llamesh_memory_bytes", "llamesh_profile_memory_bytes"}

@@ -1,0 +1,14 @@
+"""Keys that a configuration may hold while nothing comes of them in this version."""
+
+from __future__ import annotations
+
+from llamesh.config.settings import Settings
+
+
+def without_effect(settings: Settings) -> tuple[str, ...]:
+    """The dotted names of switches that are on and do nothing: there is one node, and no builds."""
+    switches = {
+        "cluster.enabled": settings.cluster.enabled,
+        "llama_cpp.enabled": settings.llama_cpp.enabled,
+    }
+    return tuple(name for name, on in switches.items() if on)
