@@ -29,7 +29,7 @@ from tests.end_to_end.cookbooks import (
 )
 from tests.support.fake import FAKE_LLAMA_SERVER, fake_profile_file, launches
 from tests.support.fake_nvml import DRIVER_NOT_LOADED, FakeDevice, FakeNvml, build_library
-from tests.support.node import Node, running_node
+from tests.support.node import Node, running_node, wait_until
 
 TOTAL = 24_000
 STRANGER = 999_999  # no process: the driver may say what it likes
