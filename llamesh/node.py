@@ -61,7 +61,6 @@ class Node:
         current = store.current
         settings = self.settings = current.settings  # those that need a restart
         self.stats = NodeStats()
-        self._to_size_up = trio.Event()
         metrics = settings.metrics_path
         self.learned = LearnedValues(metrics)
         self.ledger = Ledger(metrics.with_name(metrics.name + ".children"))
@@ -114,7 +113,6 @@ class Node:
             self.pool.apply_cookbook()
         except Exception:
             log.exception("defect", during="reload")
-        self._to_size_up.set()
 
     @staticmethod
     def _report(error: ConfigError) -> None:
@@ -137,7 +135,6 @@ class Node:
             root.start_soon(self.memory.run, self.pool.all, self.pool.leave_strangers_their_memory)
             root.start_soon(self.keeper.run)
             root.start_soon(self.store.watch)
-            root.start_soon(self._size_up)
             root.start_soon(listener.run)
             root.start_soon(self._save_now_and_then)
             self._announce(sockets)
@@ -210,14 +207,6 @@ class Node:
         await anext(signals)
         log.warning("second signal: ending at once")
         scope.cancel()
-
-    async def _size_up(self) -> None:
-        """Read the headers of all models, now and after a reload, so that no first request waits for that."""
-        while True:
-            self._to_size_up = trio.Event()
-            for profile in self.store.current.cookbook.profiles:
-                await self.memory.look(profile)
-            await self._to_size_up.wait()
 
     async def _save_now_and_then(self) -> None:
         while True:

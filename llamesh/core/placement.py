@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol, TypeVar
+from typing import Protocol
 
 from llamesh.core.capacity import Evict, Fits, Later, Never, Room
 from llamesh.core.lifecycle import State
@@ -26,9 +26,6 @@ class Candidate(Protocol):
     def busy_slots(self) -> int: ...
     @property
     def last_used(self) -> float: ...
-
-
-C = TypeVar("C", bound=Candidate)
 
 
 @dataclass(frozen=True, slots=True)

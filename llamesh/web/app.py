@@ -51,7 +51,6 @@ def build_app(
     app = QuartTrio(__name__, static_folder="static", static_url_path="/ui/static")
     app.config["RESPONSE_TIMEOUT"] = None
     app.config["MAX_CONTENT_LENGTH"] = 1 << 20  # admin calls; inference has its own limit elsewhere
-    app.json.sort_keys = False  # type: ignore[attr-defined]
 
     async def perform(act: Act) -> Response:
         access.check_admin(_headers(), loopback=_is_loopback(request.remote_addr or ""))

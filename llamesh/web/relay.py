@@ -24,7 +24,7 @@ import trio
 from llamesh.config.settings import Settings
 from llamesh.core.lifecycle import State
 from llamesh.dispatch import Dispatch
-from llamesh.errors import LlameshError, UpstreamError, UpstreamTimeout
+from llamesh.errors import UpstreamError, UpstreamTimeout
 from llamesh.lease import Ask, Lease
 from llamesh.local.instance import Instance
 from llamesh.net.exchange import Headers, UpstreamBroken, UpstreamConnection
@@ -310,11 +310,6 @@ async def finish_with_event(sink: Sink, route: Route, document: dict[str, object
         await sink.finish(data)
     except OSError as error:
         raise ClientGone(str(error)) from error
-
-
-def error_event(error: LlameshError) -> dict[str, object]:
-    """An error of ours as the document of an event."""
-    return error.document()
 
 
 async def _write(sink: Sink, data: bytes) -> None:
