@@ -88,20 +88,21 @@ class NodeCollector(Collector):
             ("llamesh_instance_crashes", "Instances that ended while serving", lambda s: s.crashes_total),
         )
         for name, text, read in counters:
-            family = CounterMetricFamily(name, text, labels=("model", "profile"))
-            for key, stats in self._stats.profiles.items():
-                family.add_metric(_labels(key), read(stats))
-            yield family
+            yield self._by_profile(CounterMetricFamily(name, text, labels=("model", "profile")), read)
         gauges: tuple[tuple[str, str, Callable[[ProfileStats], float]], ...] = (
             ("llamesh_requests_running", "Requests being answered or waiting", lambda s: s.current_requests),
             ("llamesh_load_seconds", "Duration of the last start", lambda s: s.load_seconds),
             ("llamesh_tokens_per_second", "Decode speed of one answer", lambda s: s.tokens_per_second),
         )
         for name, text, read in gauges:
-            gauge = GaugeMetricFamily(name, text, labels=("model", "profile"))
-            for key, stats in self._stats.profiles.items():
-                gauge.add_metric(_labels(key), read(stats))
-            yield gauge
+            yield self._by_profile(GaugeMetricFamily(name, text, labels=("model", "profile")), read)
+
+    def _by_profile(
+        self, family: CounterMetricFamily | GaugeMetricFamily, read: Callable[[ProfileStats], float]
+    ) -> Metric:
+        for key, stats in self._stats.profiles.items():
+            family.add_metric(_labels(key), read(stats))
+        return family
 
     def _profile_histograms(self) -> Iterator[Metric]:
         histograms: tuple[tuple[str, str, Callable[[ProfileStats], Histogram]], ...] = (

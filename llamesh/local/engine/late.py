@@ -7,6 +7,7 @@ The command line is checked before the engine (34 MB of library) is loaded, so s
 from __future__ import annotations
 
 import json
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,12 +16,12 @@ class BadValue(Exception):
     """A flag's value can't be used; the text says what would be right."""
 
 
-class Late:
+class Late(ABC):
     """A value that exists only once the binding does."""
 
+    @abstractmethod
     def resolve(self, binding: Any, current: Any) -> object:
         """The binding's form of it. `current` is what the parameter holds now."""
-        raise NotImplementedError
 
 
 @dataclass(frozen=True)
