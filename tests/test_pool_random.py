@@ -23,7 +23,7 @@ from llamesh.core.capacity import Need
 from llamesh.core.lifecycle import State
 from llamesh.core.placement import choose
 from llamesh.errors import LlameshError
-from llamesh.lease import Lease
+from llamesh.dispatch.lease import Lease
 from tests.support.scripted import Play, Scripted, World, get, profile, world
 
 VRAM, SYSMEM = 1000, 600

@@ -9,8 +9,8 @@ import trio
 from llamesh.config.cookbook import Profile
 from llamesh.core.lifecycle import State
 from llamesh.dispatch import Dispatch, Ticket
+from llamesh.dispatch.lease import Ask
 from llamesh.errors import LlameshError
-from llamesh.lease import Ask
 from llamesh.local.pool import Pool
 from llamesh.telemetry.logs import get_logger
 
