@@ -1,7 +1,7 @@
 """`python -m benchmarks.gossip`: how fast news spreads, what gossip costs, how soon the dead are noticed.
 
-Many memberships on a virtual clock, so no time of this machine is in the numbers. Rounds are gossip intervals;
-nodes begin theirs at random moments, and a message takes 5 to 20 thousandths of a round.
+Many memberships on a virtual clock, so no time of this machine is in the numbers. Rounds are gossip
+intervals; nodes begin theirs at random moments, and a message takes 5 to 20 thousandths of one.
 """
 
 from __future__ import annotations

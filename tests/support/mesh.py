@@ -21,15 +21,16 @@ import secrets
 import signal
 import socket
 from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import httpx
 import trio
 
+from tests.support.chats import Answer, Talk, read_answer, reading
 from tests.support.netns import Network
-from tests.support.node import PATIENCE_SECONDS, POLL_SECONDS, Node, overlay, prepare
+from tests.support.node import PATIENCE_SECONDS, POLL_SECONDS, Node, overlay, prepare, wait_until
 from tests.support.tap import Tap
 
 CHAT = "/v1/chat/completions"
@@ -37,63 +38,6 @@ NETWORK_PORT = 8080
 """Where nodes in namespaces listen: there everybody has all ports."""
 
 NO_MODELS: dict[str, Any] = {"models": []}
-
-
-@dataclass(frozen=True)
-class Answer:
-    """A whole reply to a chat. `text` is what was said, whether it was streamed or not."""
-
-    status: int
-    headers: httpx.Headers
-    body: bytes
-    text: str = ""
-    events: list[Any] = field(default_factory=list)
-
-    @property
-    def node(self) -> str:
-        """The node that says that it served this."""
-        return str(self.headers.get("x-llamesh-node", ""))
-
-    @property
-    def error(self) -> dict[str, Any]:
-        """The error, which must have OpenAI's four members."""
-        error = json.loads(self.body)["error"]
-        assert isinstance(error, dict)
-        assert set(error) == {"message", "type", "param", "code"}, error
-        return error
-
-
-class Talk:
-    """A streamed reply in the making."""
-
-    def __init__(self, reply: httpx.Response, lines: AsyncIterator[str]) -> None:
-        self.reply = reply
-        self._lines = lines
-
-    @property
-    def node(self) -> str:
-        """The node that says that it serves this."""
-        return str(self.reply.headers.get("x-llamesh-node", ""))
-
-    async def word(self) -> str:
-        """What the next event says that says anything; "" when the stream has ended as it should.
-
-        Raises httpx.RemoteProtocolError when it is cut.
-        """
-        async for line in self._lines:
-            data = line.removeprefix("data: ")
-            if data != line and data != "[DONE]" and (said := said_in(json.loads(data))):
-                return said
-            if data == "[DONE]":
-                return ""
-        raise AssertionError("the stream ended without [DONE]")
-
-    async def rest(self) -> str:
-        """All that is still said, to the end."""
-        said = ""
-        while word := await self.word():
-            said += word
-        return said
 
 
 @dataclass(frozen=True)
@@ -186,15 +130,7 @@ class Member:
         """
         async with self._posted(model, stream=stream, **more) as reply:
             body = await reply.aread()
-        text, events = "", list[Any]()
-        if reply.headers.get("content-type", "").startswith("text/event-stream"):
-            lines = body.decode().splitlines()
-            data = [line.removeprefix("data: ") for line in lines if line.startswith("data: ")]
-            events = [line if line == "[DONE]" else json.loads(line) for line in data]
-            text = "".join(said_in(event) for event in events)
-        elif reply.status_code == 200:
-            text = json.loads(body)["choices"][0]["message"]["content"]
-        return Answer(reply.status_code, reply.headers, body, text, events)
+        return read_answer(reply.status_code, reply.headers, body)
 
     @contextlib.asynccontextmanager
     async def talking(self, model: str, **more: Any) -> AsyncIterator[Talk]:
@@ -204,15 +140,8 @@ class Member:
         """
         async with self._posted(model, stream=True, **more) as reply:
             assert reply.status_code == 200, (self.id, (await reply.aread()).decode())
-            lines = reply.aiter_lines()
-            try:
-                yield Talk(reply, lines)
-            finally:
-                # httpx is a tower of generators that only an end or an exception from below takes down.
-                with trio.CancelScope() as scope, contextlib.suppress(httpx.HTTPError):
-                    scope.cancel()
-                    async for _ in lines:
-                        pass
+            async with reading(reply) as talk:
+                yield talk
 
     @contextlib.asynccontextmanager
     async def _posted(self, model: str, *, stream: bool, **more: Any) -> AsyncIterator[httpx.Response]:
@@ -232,6 +161,22 @@ class Member:
     async def models(self) -> dict[str, dict[str, Any]]:
         """The entries of its `/v1/models`, by id."""
         return {entry["id"]: entry for entry in (await self.get("/v1/models"))["data"]}
+
+    async def wait_said(self, *parts: str, level: str | None = None) -> dict[str, Any]:
+        """The first line that its present life logs (at that level) with all of these in it."""
+        found: list[dict[str, Any]] = []
+
+        def said() -> bool:
+            found.extend(
+                entry
+                for entry in self.node.events
+                if entry.get("level") == (level or entry.get("level"))
+                and all(part in json.dumps(entry) for part in parts)
+            )
+            return bool(found)
+
+        await wait_until(said, lambda: f"{self.id} never says {parts}:\n{self.said()[-4000:]}")
+        return found[0]
 
     def said(self) -> str:
         """All that its lives wrote on stdout and stderr."""
@@ -402,13 +347,6 @@ def reserved_port() -> Iterator[int]:
         holder.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         holder.bind(("127.0.0.1", 0))
         yield int(holder.getsockname()[1])
-
-
-def said_in(event: Any) -> str:
-    """What an event of a streamed chat adds to the reply."""
-    if not isinstance(event, dict) or not event.get("choices"):
-        return ""
-    return event["choices"][0].get("delta", {}).get("content") or ""
 
 
 def _place(name: str, net: Network | None, stack: contextlib.AsyncExitStack) -> Place:

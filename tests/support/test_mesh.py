@@ -14,6 +14,7 @@ import pytest
 
 from tests.end_to_end.cookbooks import cookbook, pid_of, profile, wait_running
 from tests.support import mesh as support
+from tests.support.chats import Answer
 from tests.support.fake import FAKE_LLAMA_SERVER, fake_profile_file
 from tests.support.mesh import Member, Place, reserved_port, running_mesh
 from tests.support.netns import network
@@ -35,7 +36,7 @@ def test_a_reserved_port_is_for_who_asks_for_it() -> None:
 def test_an_answer_knows_its_error() -> None:
     error = {"message": "m", "type": "queue_full", "param": None, "code": "queue_full"}
     body = json.dumps({"error": error}).encode()
-    answer = support.Answer(503, httpx.Headers({"X-Llamesh-Node": "b"}), body)
+    answer = Answer(503, httpx.Headers({"X-Llamesh-Node": "b"}), body)
     assert answer.node == "b"
     assert answer.error == error
 
@@ -84,6 +85,7 @@ async def test_a_node_dies_and_comes_back_at_its_address(tmp_path: Path) -> None
         assert psutil.Process(a.node.pid).environ()["X"] == "y"
         assert [life.returncode for life in a.lives] == [-signal.SIGKILL, 0, None]
         assert a.said().count('"event": "listening"') == 3
+        assert (await a.wait_said("listening", a.place.address, level="info"))["node"] == "node-a"
         a.freeze()
         process = psutil.Process(a.node.pid)
         await wait_until(lambda: process.status() == psutil.STATUS_STOPPED, "it isn't frozen")

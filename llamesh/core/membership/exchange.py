@@ -8,7 +8,8 @@
     more                 digests of the same buckets, as they are by now
 
 Nothing is remembered between two messages: what a reply needs is in the message. No section leads back to an
-earlier one unless something was cut, and the number of messages is bounded.
+earlier one unless something was cut, and the number of messages is bounded. Where buckets are left over
+(`rest`), the exchange begins again at its end.
 """
 
 from __future__ import annotations
@@ -44,6 +45,7 @@ class Sections:
     deltas: list[Delta] = field(default_factory=list)
     lives: dict[str, Life] = field(default_factory=dict)
     more: bool = False
+    rest: bool = False
 
     @property
     def scoped(self) -> bool:
@@ -61,9 +63,14 @@ class Sections:
         )
 
 
+def opening(table: Table) -> Sections:
+    """How an exchange begins, and how one goes on that is done with some buckets."""
+    return Sections(root=table.index.root_text)
+
+
 def respond(table: Table, message: Message) -> Sections:
     """The sections that answer a message whose news was merged already."""
-    out = Sections(bits=message.bits, buckets=list(dict.fromkeys(message.buckets)))
+    out = Sections(bits=message.bits, buckets=list(dict.fromkeys(message.buckets)), rest=message.rest)
     budget = table.options.message_budget - _HEAD
     lacking: dict[str, int] = {}  # whose entries they lack -> the version after which
     if message.root is not None and message.root != table.index.root_text:
@@ -100,6 +107,7 @@ def _add_digests(table: Table, out: Sections, buckets: Iterable[int], room: int)
                 part.append(Digest(node_id, epoch, incarnation, record.version, rank))
         cost = sum(len(one.id) + _DIGEST_FRAME for one in part)
         if out.buckets and cost > room:
+            out.rest = True
             break
         room -= cost
         out.buckets.append(bucket)

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from types import MappingProxyType
 
 from llamesh.core.membership.events import Event
-from llamesh.core.membership.exchange import Sections, lives_of, respond
+from llamesh.core.membership.exchange import Sections, lives_of, opening, respond
 from llamesh.core.membership.messages import (
     FORMAT,
     MAX_EPOCH,
@@ -109,10 +109,7 @@ class Membership:
         if self.left:
             return Round((), ())
         probes = self._targets.to_probe(self._in_use)
-        gossip = tuple(
-            (one, self._write(one, Sections(root=self._table.index.root_text), 0))
-            for one in self._targets.to_gossip()
-        )
+        gossip = tuple((one, self._write(one, opening(self._table), 0)) for one in self._targets.to_gossip())
         return Round(gossip, probes)
 
     def _pass_time(self, now: float) -> None:
@@ -188,8 +185,10 @@ class Membership:
         if self.left or read.s + 1 >= self._options.max_steps:
             return None
         sections = respond(self._table, read)
+        if not sections and read.rest:
+            sections = opening(self._table)
         # A refutation shall be heard by the one who needs it, even when there is nothing else to say.
-        if not sections and self._table.own.life == before:
+        elif not sections and self._table.own.life == before:
             return None
         return self._write(peer, sections, read.s + 1, read.life)
 
@@ -230,6 +229,7 @@ class Membership:
             want=sections.want,
             deltas=sections.deltas,
             more=sections.more,
+            rest=sections.rest,
         )
         data = encode(message)
         self._count("out", message.kind, len(data))

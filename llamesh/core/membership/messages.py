@@ -16,6 +16,7 @@ A message is a head and sections, each of which may be missing:
              version `after`, complete up to `upto`; writes [[key, version, value], ...], deletions
              [[key, version], ...]
     more     the deltas were cut; ask again
+    rest     there are buckets that differ and that this exchange hasn't spoken of
 
 Members may be added to the message and at the end of the lists; who doesn't know them ignores them. Nothing
 of a message counts before all of it was checked.
@@ -147,6 +148,7 @@ class Message(msgspec.Struct, omit_defaults=True, kw_only=True):
     want: list[Want] = []
     deltas: list[Delta] = []
     more: bool = False
+    rest: bool = False
 
     @property
     def life(self) -> Life:

@@ -9,8 +9,9 @@ import pytest
 import trio
 
 from tests.end_to_end.mesh.parts import NO_MODELS, fakes, with_mdns
+from tests.support.chats import Answer
 from tests.support.fake import FAKE_LLAMA_SERVER
-from tests.support.mesh import NETWORK_PORT, Answer, running_mesh
+from tests.support.mesh import NETWORK_PORT, running_mesh
 from tests.support.netns import Network, network
 
 THREE = ["node-a", "node-b", "node-c"]

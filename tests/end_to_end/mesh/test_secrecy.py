@@ -71,7 +71,7 @@ async def test_nothing_of_a_chat_and_no_key_is_in_the_gossip(tmp_path: Path) -> 
         await talk_a_lot(mesh)
         assert mesh.token is not None
         listener = Identity("node-x", secrets.token_bytes(32), derive(mesh.token))
-        link = await open_link(a, listener)
+        link = await open_link(a.place.address, listener)
         membership = Membership("node-x", 1, Options(), random.Random(1))
         heard = await hear_all(link, membership, "node-a")
         link.close()
