@@ -40,7 +40,8 @@ UNKNOWN = Features()
 class Ask:
     """What a request wants. `streams`: it asked for a stream, so an abandoned slot is free at once.
 
-    `features`: what is known of its size; `excluded`: peers that failed it or sent it back.
+    `features`: what is known of its size; `excluded`: peers that failed it or sent it back; `here_only`: no
+    peer will do, because it is this node's own model that is to be loaded.
     """
 
     profile: Profile
@@ -49,6 +50,7 @@ class Ask:
     travel: Travel = AT_HOME
     features: Features = UNKNOWN
     excluded: frozenset[str] = frozenset()
+    here_only: bool = False
 
 
 class Lease:

@@ -17,11 +17,11 @@ import trio
 from llamesh.config.cookbook import Elsewhere, Profile
 from llamesh.config.current import Current
 from llamesh.core.capacity import Evict, Fits, Later
-from llamesh.core.cost import Features, Outlook, expected, loading_left
+from llamesh.core.cost import Features, Outlook, confirmed, expected, loading_left, trust_in
 from llamesh.core.lifecycle import State
 from llamesh.core.offers import Situation
 from llamesh.core.routing import Choice, max_wait_ms, route
-from llamesh.core.speeds import Speeds, note
+from llamesh.core.speeds import WINDOW, Speeds, note
 from llamesh.dispatch.lease import Ask, Forward, Seat
 from llamesh.local.pool import Pool
 from llamesh.telemetry.learned import LearnedValues
@@ -70,6 +70,7 @@ class Router:
         self._pool = pool
         self._learned = learned
         self._speeds: dict[str, Speeds] = {}
+        self._learned_at: dict[str, float] = {}
 
     def speeds(self, key: str) -> Speeds:
         """What was learned of "model:profile" on this node, earlier lives included."""
@@ -85,6 +86,7 @@ class Router:
     def learn(self, ask: Ask, usage: Usage, seconds: float, neighbours: int) -> None:
         """A request held a slot of ours for `seconds`, beside so many others on its instance."""
         key = ask.profile.key
+        self._learned_at[key] = trio.current_time()
         speeds = self._speeds[key] = note(
             self.speeds(key),
             service_ms=seconds * 1000,
@@ -106,7 +108,7 @@ class Router:
         travel, profile = ask.travel, ask.profile
         if not self.peers.has(profile.key) or (travel.origin and not _never_runs_here(profile)):
             return None
-        if travel.hops >= self._current.settings.max_hops:
+        if ask.here_only or travel.hops >= self._current.settings.max_hops:
             return None
         excluded = ask.excluded.union(travel.via) if travel.via else ask.excluded
         outlooks = self.peers.outlooks(profile.key, excluded, self._needs_same(profile))
@@ -127,7 +129,8 @@ class Router:
 
     def _needs_same(self, profile: Profile) -> str | None:
         """Embeddings of other weights or settings aren't comparable with ours, so they must not mix."""
-        return self.fingerprint(profile) if profile.kind == "embedding" else None
+        ours = profile.kind == "embedding" and not isinstance(profile.source, Elsewhere)
+        return self.fingerprint(profile) if ours else None
 
     def _features(self, ask: Ask) -> Features:
         """What a client names as its limit is seldom used up; the usual answer says more."""
@@ -171,7 +174,14 @@ class Router:
             sharing=speeds.sharing,
             n_ctx=learned.context_length,
             failing=now.failing,
+            trust=trust_in(self.confirmed(key)),
         )
+
+    def confirmed(self, key: str) -> float:
+        """How many requests of late the learned values rest on; it halves while none comes."""
+        now = trio.current_time()
+        idle = now - self._learned_at.setdefault(key, now)
+        return confirmed(min(self.speeds(key).requests, WINDOW), idle)
 
     def situation(self, key: str, origin: str = "") -> Situation:
         """How busy the profile is here; requests that `origin` sent aren't counted."""

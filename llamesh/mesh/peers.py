@@ -12,7 +12,7 @@ import trio
 
 from llamesh.config.cookbook import Elsewhere, Profile
 from llamesh.core.breaker import Ticket
-from llamesh.core.cost import Outlook
+from llamesh.core.cost import Outlook, trust_in
 from llamesh.core.offers import (
     NODE_KEY,
     OFFER_PREFIX,
@@ -288,4 +288,5 @@ def _outlook(peer: Peer, via: Peer, offer: Offer) -> Outlook:
         sharing=offer.sharing,
         n_ctx=offer.context_length,
         failing=situation.failing,
+        trust=trust_in(offer.requests),
     )
