@@ -30,6 +30,7 @@ from llamesh.telemetry.logs import get_logger
 from llamesh.web.admin import Administration
 from llamesh.web.fast_lane import FastLane
 from llamesh.web.mesh_pages import MeshPages
+from llamesh.web.mesh_state import MeshRoute
 from llamesh.web.pages import CREATED, Pages
 from llamesh.web.peer_lane import PeerLane
 
@@ -94,6 +95,7 @@ class Cluster:
         pages.mesh = MeshPages(self.mesh, CREATED)
         administration.mesh = self.mesh
         self._acts = administration
+        self.routes: dict[str, MeshRoute] = {}  # what other parts answer to peers, by path
 
     def unwilling(self) -> str:
         """Why this node does nothing for its peers now, "" when it does."""
@@ -138,6 +140,8 @@ class Cluster:
 
     async def _administer(self, peer: str, path: str, body: bytes) -> tuple[int, bytes] | None:
         """What a peer's operator asks this node to do, having been let in there."""
+        if (route := self.routes.get(path)) is not None:
+            return await route(peer, body)
         if path != "/mesh/prewarm":
             return None
         try:

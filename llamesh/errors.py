@@ -101,6 +101,14 @@ class RequestTimeout(LlameshError):
     status, type = 408, "request_timeout"
 
 
+class CancelledByOperator(LlameshError):
+    """Somebody who administers the node ended the request. The status is nobody's own (nginx uses it for a
+    client that left): those of 500 and above, 408, 409 and 429 would have clients try again by themselves.
+    """
+
+    status, type = 499, "cancelled_by_operator"
+
+
 class Conflict(LlameshError):
     """It is being done already."""
 

@@ -44,6 +44,7 @@ from llamesh.web.listener import Listener, bind
 from llamesh.web.pages import Pages
 from llamesh.web.prewarm import Prewarm
 from llamesh.web.slow_lane import HypercornLane
+from llamesh.web.views import Views
 
 if TYPE_CHECKING:
     from llamesh.cluster import Cluster, Member
@@ -93,10 +94,14 @@ class Node:
         }
         administration = Administration(store, self.pool, self.dispatch, self.prewarm, self.keeper)
         collector = NodeCollector(self.stats, self.pages.gauges, info)
-        app = build_app(self.pages, administration, collector, self.gateway.access)
+        self.views = Views(
+            store, self.pool, self.dispatch, self.stats, self.learned, self.gateway, self.prewarm
+        )
+        self.views.own.address = lambda: self.pages.address
+        app = build_app(self.pages, administration, collector, self.gateway.access, self.views.api)
         store.on_change = self._apply
         store.on_problem = self._report
-        slow = HypercornLane(Application(self.gateway, cast(Asgi, app)), settings)
+        slow = HypercornLane(Application(self.gateway, cast(Asgi, app), self.views.direct), settings)
         self.lane = FastLane(self.gateway, self.pages.fast, slow)
         self.cluster: Cluster | None = None
         if member is not None:
@@ -113,6 +118,7 @@ class Node:
                 self.lane,
                 administration,
             )
+            self.views.join(self.cluster)
 
     def _apply(self, change: Change) -> None:
         """The files have changed, and `store.current` with them."""
@@ -156,6 +162,7 @@ class Node:
             await self.memory.sample([])
             root.start_soon(self.memory.run, self.pool.all, self.pool.leave_strangers_their_memory)
             root.start_soon(self.keeper.run)
+            root.start_soon(self.views.run)
             root.start_soon(self.store.watch)
             root.start_soon(listener.run)
             root.start_soon(self._save_now_and_then)
@@ -193,6 +200,7 @@ class Node:
             )
         host = self.settings.listen_addr.host
         if not self.settings.auth.enabled and not _is_loopback(sockets[0]):
+            self.views.own.attention.open_address = str(self.settings.listen_addr)
             log.warning(
                 "whoever reaches this address can use the models: set auth.enabled and auth.allowed_keys",
                 listen_addr=host,

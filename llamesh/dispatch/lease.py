@@ -12,6 +12,7 @@ from llamesh.config.cookbook import Profile
 from llamesh.core.cost import Features
 from llamesh.local.instance import Instance
 from llamesh.net.exchange import UpstreamConnection
+from llamesh.telemetry.recorder import Record
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,7 +42,8 @@ class Ask:
     """What a request wants. `streams`: it asked for a stream, so an abandoned slot is free at once.
 
     `features`: what is known of its size; `excluded`: peers that failed it or sent it back; `here_only`: no
-    peer will do, because it is this node's own model that is to be loaded.
+    peer will do, because it is this node's own model that is to be loaded; `record`: where to write down what
+    was decided, for people.
     """
 
     profile: Profile
@@ -51,6 +53,7 @@ class Ask:
     features: Features = UNKNOWN
     excluded: frozenset[str] = frozenset()
     here_only: bool = False
+    record: Record | None = None
 
 
 class Lease:

@@ -117,6 +117,8 @@ class Router:
             # Who is asked about is the first in the queue, if it is in it at all.
             own = self.outlook(profile, behind_queue=False) if here else None
             choice = route(own, outlooks, features)
+            if ask.record is not None:
+                ask.record.decision = choice.considered
             if not choice.node:
                 return None
             seat = self.peers.seat(choice.node, profile.key)

@@ -8,7 +8,7 @@ the reservation ends in one place, when the instance is GONE.
 from __future__ import annotations
 
 import os
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 
@@ -74,6 +74,7 @@ class Pool:
         self.on_change: Callable[[str], None] = lambda key: None
         self.queue_length: Callable[[str], int] = lambda key: 0
         self.evictions: Counter[str] = Counter()  # by reason
+        self.last_gone: deque[Instance] = deque(maxlen=8)  # for what they said
         self._current = current
         self._ports = ports
         self._ledger = ledger
@@ -360,6 +361,7 @@ class Pool:
         if instance not in group:
             return
         group.remove(instance)
+        self.last_gone.append(instance)
         if not group:
             del self._instances[key]
         now, failure = trio.current_time(), instance.failure

@@ -25,7 +25,7 @@ import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Protocol, Self, TextIO
 
@@ -243,6 +243,7 @@ class _StandardHandler(logging.Handler):
 
 _STANDARD = _StandardHandler(level=logging.WARNING)
 _output: _Output = _Direct()
+_listeners: tuple[Callable[[str, Mapping[str, Any]], None], ...] = ()
 
 
 def _cleaned(
@@ -298,11 +299,27 @@ class Logger(BoundLoggerBase):
         try:
             arguments, _ = self._process_event(level, event, fields)
             output.emit(level, arguments[0])
+            for listener in _listeners:
+                listener(level, arguments[0])
         except DropEvent:
             pass
         except Exception as error:  # the border: whoever logs is busy with something that matters more
             with contextlib.suppress(Exception):
                 output.emit("error", {"event": "an event could not be logged", "error": type(error).__name__})
+
+
+def listen(listener: Callable[[str, Mapping[str, Any]], None]) -> Callable[[], None]:
+    """Have `listener` called with level and clean fields of each line, in the thread that logs; it must be
+    quick. The result ends that.
+    """
+    global _listeners
+    _listeners = (*_listeners, listener)
+
+    def end() -> None:
+        global _listeners
+        _listeners = tuple(one for one in _listeners if one is not listener)
+
+    return end
 
 
 def get_logger(name: str, **fields: object) -> Logger:

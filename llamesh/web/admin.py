@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import msgspec
@@ -210,7 +210,14 @@ def routes_of(acts: Administration) -> dict[str, tuple[str, Act]]:
 
 def add_admin_routes(app: QuartTrio, acts: Administration, perform: Callable[[Act], Awaitable[Any]]) -> None:
     """`perform` checks the caller, reads the JSON object, calls the act and makes the response."""
-    for path, (method, act) in routes_of(acts).items():
+    add_acts(app, routes_of(acts), perform)
+
+
+def add_acts(
+    app: QuartTrio, acts: Mapping[str, tuple[str, Act]], perform: Callable[[Act], Awaitable[Any]]
+) -> None:
+    """The same for acts that others bring: path -> method and act."""
+    for path, (method, act) in acts.items():
 
         async def view(act: Act = act) -> Any:
             return await perform(act)

@@ -13,6 +13,7 @@ import trio
 from llamesh.dispatch.lease import AT_HOME, Ask, Travel
 from llamesh.errors import UpstreamError
 from llamesh.net.exchange import Headers, UpstreamConnection
+from llamesh.telemetry.recorder import Record
 from llamesh.telemetry.stats import Usage
 from llamesh.web.body import Body
 from llamesh.web.headers import pass_back
@@ -53,8 +54,12 @@ class Inbound:
 
 @dataclass(slots=True)
 class Outcome:
-    """What became of a request; filled as it goes, so that it is right whenever it ends."""
+    """What became of a request; filled as it goes, so that it is right whenever it ends.
 
+    record: what people are shown of it, while it goes and afterwards.
+    """
+
+    record: Record
     status: int = 0
     instance: str = ""  # or the peer
     node: str = ""  # that served it, as the client is told
@@ -118,6 +123,8 @@ async def pass_answer(
             headers.append((b"x-accel-buffering", b"no"))
         sink.start(status, headers, length=response.length)
     scan = UsageScan(streams=ask.streams)
+    outcome.record.count, outcome.record.phase = scan, "decode"
+    outcome.record.first_token_ms = outcome.first_byte_seconds * 1000
     feed, take = scan.feed, response.take
     try:
         while True:

@@ -24,9 +24,10 @@ from llamesh.net.exchange import Headers
 from llamesh.telemetry.logs import get_logger
 from llamesh.telemetry.prometheus import NodeCollector, exposition
 from llamesh.web.access import Access
-from llamesh.web.admin import Act, Administration, add_admin_routes
+from llamesh.web.admin import Act, Administration, add_acts, add_admin_routes
 from llamesh.web.openai import ROUTES
 from llamesh.web.pages import Pages
+from llamesh.web.state_routes import StateApi, add_state_routes
 
 log = get_logger("app")
 
@@ -45,7 +46,11 @@ _PAGE_HEADERS = {
 
 
 def build_app(
-    pages: Pages, administration: Administration, collector: NodeCollector, access: Access
+    pages: Pages,
+    administration: Administration,
+    collector: NodeCollector,
+    access: Access,
+    state: StateApi | None = None,
 ) -> QuartTrio:
     """The application; it owns nothing and starts nothing."""
     app = QuartTrio(__name__, static_folder="static", static_url_path="/ui/static")
@@ -98,6 +103,9 @@ def build_app(
         return await app.send_static_file("index.html")
 
     add_admin_routes(app, administration, perform)
+    if state is not None:
+        add_state_routes(app, state, lambda: access.check(_headers()))
+        add_acts(app, {"/admin/cancel": ("POST", state.cancel)}, perform)
     known = {rule.rule: frozenset(rule.methods or ()) for rule in app.url_map.iter_rules()}
 
     @app.route("/<path:path>", methods=_METHODS)

@@ -9,11 +9,12 @@ from typing import Any
 
 import trio
 
-from llamesh.errors import InvalidRequest, LlameshError, RequestTimeout, RequestTooLarge
+from llamesh.errors import InvalidRequest, LlameshError, MethodNotAllowed, RequestTimeout, RequestTooLarge
 from llamesh.net.exchange import Headers
 from llamesh.web.answer import Inbound
 from llamesh.web.body import Body
 from llamesh.web.cors import Cors
+from llamesh.web.direct import Call, Direct, Handler
 from llamesh.web.gateway import Gateway
 from llamesh.web.headers import request_id
 from llamesh.web.openai import ROUTES, Route
@@ -38,9 +39,11 @@ _LINGER_SECONDS = 5.0
 class Application:
     """The application that Hypercorn serves."""
 
-    def __init__(self, gateway: Gateway, app: Asgi) -> None:
+    def __init__(self, gateway: Gateway, app: Asgi, direct: Direct | None = None) -> None:
+        """`direct`: routes whose answers stream; they are served here, past the application."""
         self._gateway = gateway
         self._app = app
+        self._direct = direct
         self._cors = Cors.of(gateway.settings.http.cors_allowed_origins)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -63,8 +66,11 @@ class Application:
                 return
             exchange.extra += self._cors.headers(scope["headers"])
         route = ROUTES.get(scope["raw_path"]) if scope["method"] == "POST" else None
+        handler = self._direct.find(scope) if self._direct is not None and route is None else None
         if route is not None:
             await self._infer(route, scope, exchange)
+        elif handler is not None:
+            await self._stream(handler, scope, exchange)
         else:
             exchange.extra.append((b"x-request-id", request_id(scope["headers"]).encode()))
             await self._app(scope, exchange.receive, exchange.send)
@@ -91,8 +97,53 @@ class Application:
             inbound = Inbound(scope["raw_path"], scope["query_string"], headers, body, id, started)
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(self._watch, exchange.receive, sink, nursery.cancel_scope)
+                sink.on_cancel = nursery.cancel_scope.cancel
                 await gateway.infer(inbound, route, sink)
                 nursery.cancel_scope.cancel()
+            if sink.cancelled is not None:
+                await gateway.refuse(sink.cancelled, id, sink)
+
+    async def _stream(self, handler: Handler, scope: Scope, exchange: _Exchange) -> None:
+        """Answer one of the direct routes, until it is done or its client leaves."""
+        headers: Headers = list(scope["headers"])
+        id, sink = request_id(headers), AsgiSink(exchange.send, scope)  # noqa: A001
+        exchange.extra.append((b"x-request-id", id.encode()))
+        gateway = self._gateway
+        with Body(gateway.budget) as body:
+            client = (scope.get("client") or ("",))[0]
+            call = Call(
+                scope["method"], scope["raw_path"], scope["query_string"], headers, id, client, body, sink,
+                exchange.extra,
+            )  # fmt: skip
+            try:
+                _check_query(scope["query_string"])
+                handler.admit(call)
+                if not await self._read(headers, exchange.receive, body):
+                    return
+                async with trio.open_nursery() as nursery:
+                    nursery.start_soon(self._watch, exchange.receive, sink, nursery.cancel_scope)
+                    try:
+                        await handler.run(call)
+                    except LlameshError as error:
+                        await self._refuse_call(error, call)
+                    nursery.cancel_scope.cancel()
+            except LlameshError as error:
+                if isinstance(error, RequestTimeout):
+                    exchange.expect_no_more()
+                async with exchange.draining():
+                    await self._refuse_call(error, call)
+            except OSError:
+                sink.abort()
+
+    async def _refuse_call(self, error: LlameshError, call: Call) -> None:
+        if isinstance(error, MethodNotAllowed) and not call.sink.started:
+            body = error.body()
+            headers = self._gateway.error_headers(error, call.id)
+            headers = [pair for pair in headers if pair[0] != b"x-request-id"]
+            call.sink.start(error.status, [*headers, (b"allow", error.allowed.encode())], length=len(body))
+            await call.sink.finish(body)
+            return
+        await self._gateway.refuse(error, call.id, call.sink)
 
     async def _read(self, headers: Headers, receive: Receive, body: Body) -> bool:
         http = self._gateway.settings.http
@@ -195,6 +246,8 @@ class AsgiSink:
         self.finished = False
         self._send = send
         self._head: Message | None = None
+        self.cancelled: LlameshError | None = None
+        self.on_cancel: Callable[[], None] = lambda: None
         self._connection: ReplayStream = scope["state"]["connection"]
         self._aborted = False
 
@@ -227,6 +280,11 @@ class AsgiSink:
         if not self._aborted:
             self._aborted = True
             self._connection.cut()
+
+    def cancel(self, error: LlameshError) -> None:
+        """See `Sink.cancel`."""
+        self.cancelled = error
+        self.on_cancel()
 
     async def _body(self, data: bytes, *, more: bool) -> None:
         if self._aborted:

@@ -102,6 +102,12 @@ class Connection(HttpSink):
         self.deadline = math.inf
         self._scope.cancel()
 
+    def cancel(self, error: LlameshError) -> None:
+        """See `Sink.cancel`. The connection ends with its request."""
+        if self._working:
+            self._reason = error
+            self._scope.cancel()
+
     def _client_left(self) -> None:
         self._left = True
         if self._working:
@@ -323,7 +329,8 @@ class Connection(HttpSink):
     async def _say(self, error: LlameshError) -> None:
         """One last answer before the connection closes; bounded, since the client may not read."""
         body = error.body()
-        headers = self._lane.gateway.error_headers(error, request_id([]))
+        id = self._inbound.request_id if self._inbound is not None else request_id([])  # noqa: A001
+        headers = self._lane.gateway.error_headers(error, id)
         data = response_head(error.status, headers, length=len(body), keep_alive=False) + body
         with trio.move_on_after(_LINGER_SECONDS):
             await self._transport.send(data)

@@ -15,6 +15,7 @@ from llamesh.dispatch.lease import Ask
 from llamesh.errors import InternalError, InvalidRequest, LlameshError
 from llamesh.net.exchange import Headers
 from llamesh.telemetry.logs import get_logger
+from llamesh.telemetry.recorder import Record, Recorder
 from llamesh.telemetry.stats import NodeStats, ProfileStats
 from llamesh.web.access import Access
 from llamesh.web.answer import ClientGone, Inbound, Job, Outcome, finish_with_event
@@ -34,6 +35,7 @@ class Gateway:
         self.access = Access(current.settings)
         self.budget = Budget()
         self.stats = stats
+        self.recorder = Recorder()
         self._dispatch = dispatch
         self._relay = Relay(current.settings, dispatch)
         self._number = 0
@@ -60,12 +62,13 @@ class Gateway:
         """Answer one admitted request: with the upstream's answer, or with an error. Never raises
         but for cancellation; afterwards the sink is finished or aborted.
         """
-        outcome = Outcome()
+        record = self.recorder.begin(inbound.request_id, inbound.path, inbound.started, inbound, sink)
+        outcome = Outcome(record)
         profile_stats: ProfileStats | None = None
         key, origin = "", inbound.travel.origin
         try:
-            ask = self._understand(inbound, route)
-            key = ask.profile.key
+            ask = self._understand(inbound, route, record)
+            key = record.model = ask.profile.key
             profile_stats = self.stats.profile(key)
             profile_stats.current_requests += 1
             if origin:
@@ -73,13 +76,13 @@ class Gateway:
             await self._relay.run(Job(inbound, ask, route, sink, outcome, broken=inbound.travel.attempt))
         except LlameshError as error:
             outcome.status = outcome.status or error.status
-            outcome.error = error.type
+            outcome.error, record.message = error.type, error.message[:1000]
             await self.refuse(error, inbound.request_id, sink, route)
         except ClientGone:
             outcome.error = "cancelled"
             sink.abort()
         except trio.Cancelled:
-            outcome.error = "cancelled"
+            outcome.error = record.error or "cancelled"  # by an operator, who left a reason, or by the client
             raise
         except Exception:
             log.exception("defect", request_id=inbound.request_id, profile=key)
@@ -121,7 +124,7 @@ class Gateway:
             headers.append((b"www-authenticate", b"Bearer"))
         return headers
 
-    def _understand(self, inbound: Inbound, route: Route) -> Ask:
+    def _understand(self, inbound: Inbound, route: Route, record: Record) -> Ask:
         content_type = b""
         for name, value in inbound.headers:
             if name == b"content-type":
@@ -132,12 +135,13 @@ class Gateway:
             self._dispatch.find, wish, route, self.settings.default_model, self.settings.node_id
         )
         # Only text streams; elsewhere llama-server ignores the wish, and so must the keep-alives.
-        streams = wish.streams and route.needs == "text"
+        streams = record.streams = wish.streams and route.needs == "text"
         if self._dispatch.router is None:
-            return Ask(profile, inbound.request_id, streams)
+            return Ask(profile, inbound.request_id, streams, record=record)
+        record.origin, record.via = inbound.travel.origin, inbound.travel.via
         self._number += 1
         features = read_features(wish, route, inbound.body, self._number)
-        return Ask(profile, inbound.request_id, streams, inbound.travel, features)
+        return Ask(profile, inbound.request_id, streams, inbound.travel, features, record=record)
 
     def _check_hops(self, headers: Headers) -> None:
         for name, value in headers:
@@ -164,6 +168,7 @@ class Gateway:
             stats.queue_seconds.observe(outcome.queued_seconds)
             if outcome.first_byte_seconds is not None:
                 stats.first_byte_seconds.observe(outcome.first_byte_seconds)
+        self._close(outcome, seconds)
         log.info(
             "request",
             request_id=inbound.request_id,
@@ -179,6 +184,15 @@ class Gateway:
             cached_tokens=usage.cached_tokens,
             tokens=usage.completion_tokens,
         )
+
+    def _close(self, outcome: Outcome, seconds: float) -> None:
+        """The record has all that is known now."""
+        record, usage = outcome.record, outcome.usage
+        record.status, record.error, record.node = outcome.status, outcome.error, outcome.node
+        record.ms, record.queue_ms = seconds * 1000, outcome.queued_seconds * 1000
+        record.prompt_tokens, record.cached_tokens = usage.prompt_tokens, usage.cached_tokens
+        record.tokens = usage.completion_tokens
+        self.recorder.end(record)
 
 
 def _defect(id: str) -> InternalError:  # noqa: A002

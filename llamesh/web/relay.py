@@ -32,6 +32,7 @@ from llamesh.dispatch.lease import AnyLease, Ask, Forward, Lease
 from llamesh.errors import LlameshError, Overloaded, UpstreamError, UpstreamTimeout
 from llamesh.net.exchange import Headers, UpstreamBroken, UpstreamConnection
 from llamesh.telemetry.logs import get_logger
+from llamesh.telemetry.recorder import Record
 from llamesh.web.answer import SSE_HEADERS, Job, keepalive, pass_answer, write
 from llamesh.web.headers import upstream_request
 from llamesh.web.peer_exchange import PeerRefused, peer_headers, refused
@@ -110,12 +111,14 @@ class Relay:
                     raise refusal or error from None
             outcome.queued_seconds += lease.queued_seconds
             outcome.instance = lease.place
+            _note_place(outcome.record, lease)
             try:
                 await self._exchange(lease, job)
                 return
             except PeerRefused as error:
                 refusal = error.face
                 job.exclude(error.node)
+                outcome.record.note_try(f"node {error.node} refused it: {refusal.message}")
                 log.info("peer refused", request_id=job.ask.request_id, peer=error.node, error=refusal.type)
             except UpstreamBroken as error:
                 if isinstance(lease, Lease):
@@ -252,6 +255,7 @@ class Relay:
         if instance.end_reason == "given up":
             # It took very long to find out; another instance would hang on it just the same.
             job.broken = _MAX_BROKEN
+        outcome.record.note_try(f"{instance.id} broke: {why}")
         log.warning("upstream broke", instance=instance.id, error=why, attempt=outcome.attempts)
         if self._cut(job):
             return
@@ -264,6 +268,7 @@ class Relay:
     def _after_loss(self, error: UpstreamBroken, lease: Forward, job: Job) -> None:
         """The same for a peer."""
         job.lost += 1
+        job.outcome.record.note_try(f"node {lease.node} was lost: {error}")
         log.warning("peer lost", request_id=job.ask.request_id, peer=lease.node, error=str(error))
         if self._cut(job):
             return
@@ -348,3 +353,11 @@ class Relay:
         if self._dispatch.router is not None:
             seconds = trio.current_time() - lease.since
             self._dispatch.router.learn(job.ask, job.outcome.usage, seconds, lease.instance.busy_slots)
+
+
+def _note_place(record: Record, lease: AnyLease) -> None:
+    """For people: where the request is now."""
+    if isinstance(lease, Lease):
+        record.phase, record.instance, record.peer = "prefill", lease.instance.id, ""
+    else:
+        record.phase, record.instance, record.peer = "forwarded", "", lease.node

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from typing import Protocol
 
+from llamesh.errors import LlameshError
 from llamesh.net.exchange import Headers
 
 
@@ -34,3 +35,6 @@ class Sink(Protocol):
 
     def abort(self) -> None:
         """Close the connection without an end of the body. Idempotent."""
+
+    def cancel(self, error: LlameshError) -> None:
+        """End the request from outside: the client gets the error, or sees its answer cut."""

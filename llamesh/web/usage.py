@@ -44,6 +44,11 @@ class UsageScan:
             self._start = piece[:_KEEP_START]
         self._pieces.append(piece)
 
+    @property
+    def events(self) -> int:
+        """Events of a stream so far, about as many as tokens."""
+        return self._events
+
     def result(self) -> Usage:
         """The tokens of the answer; of a stream that was cut, its events so far."""
         tail = b"".join(self._pieces)[-_KEEP_BYTES:]
