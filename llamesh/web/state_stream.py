@@ -150,8 +150,7 @@ class StateStream:
         viewer = _Viewer(cut)
         self._viewers.add(viewer)
         try:
-            if trio.current_time() - self._looked > 2 * self._interval:
-                await self._look()
+            await self._look(unless_within=2 * self._interval)
             self._wanted.set()
             viewer.position = self._place_of(last_event)
             sink.start(200, [*STREAM_HEADERS, *headers], length=None)
@@ -208,9 +207,13 @@ class StateStream:
         self._news.set()
         self._news = trio.Event()
 
-    async def _look(self) -> None:
-        """Make the document, and a frame of what changed."""
+    async def _look(self, *, unless_within: float = 0.0) -> None:
+        """Make the document, and a frame of what changed. Not, if somebody did it so few seconds ago: when many
+        come at once, one looks for all.
+        """
         async with self._busy:
+            if trio.current_time() - self._looked < unless_within:
+                return
             document = await self._make()
             now = self._looked = trio.current_time()
             head = {
