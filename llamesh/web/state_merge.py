@@ -161,19 +161,24 @@ def joined(records: list[Request]) -> Request:
     if len(records) == 1:
         return records[0]
     first = next((one for one in records if one.seen_by == one.node), records[0])
-    last = max(records, key=lambda one: len(one.via))
+    last = max(records, key=_how_far)
     if last is first:
         return first
     return replace(
         first,
         phase=last.phase if first.phase == "forwarded" else first.phase,
         waiting_for=last.waiting_for,
-        via=last.via,
+        via=max(first.via, last.via, key=len),
         served_by=first.served_by or last.served_by,
         instance=last.instance or first.instance,
         tokens=max(first.tokens, last.tokens),
         tries=[*first.tries, *last.tries][:64],
     )
+
+
+def _how_far(one: Request) -> int:
+    """How many nodes are before the one whose record this is."""
+    return one.via.index(one.seen_by) if one.seen_by in one.via else 0
 
 
 def _attention(own: Part, others: Iterable[Part]) -> list[Concern]:

@@ -208,8 +208,9 @@ class StateStream:
         self._news = trio.Event()
 
     async def _look(self, *, unless_within: float = 0.0) -> None:
-        """Make the document, and a frame of what changed. Not, if somebody did it so few seconds ago: when many
-        come at once, one looks for all.
+        """Make the document, and a frame of what changed; not, if somebody did it so few seconds ago.
+
+        When many viewers come at once, one looks for all.
         """
         async with self._busy:
             if trio.current_time() - self._looked < unless_within:

@@ -121,6 +121,14 @@ def test_a_forwarded_request_is_one_line_with_what_each_node_knows() -> None:
     assert (one.via, one.decision, one.tries, one.ms) == (["a", "b", "c"], [choice], ["t"], 9.0)
 
 
+def test_the_node_that_serves_knows_more_than_the_entry_however_short_the_way() -> None:
+    entry = request("a", "a", phase="decode", served_by="b", via=["a", "b"], tokens=2)
+    far = request("a", "b", phase="decode", via=["a", "b"], instance="m#1", tokens=5)
+    for records in ([entry, far], [far, entry]):
+        one = joined(records)
+        assert (one.seen_by, one.instance, one.tokens, one.via) == ("a", "m#1", 5, ["a", "b"])
+
+
 def test_equal_ids_of_two_entry_nodes_are_two_requests() -> None:
     theirs = other("b", part("b", requests=[request("b", "b", started=0.5)]))
     document = merge(part("a", requests=[request("a", "a")]), [theirs], HISTORY, 0.0)
