@@ -46,6 +46,9 @@ _SENTENCES = {
     "a sensor has nothing to say": "a sensor has nothing to say: {problem}",
 }  # fmt: skip
 
+TOLD = frozenset(_SENTENCES)
+"""Events that are told whatever their level."""
+
 # Shown with a level of their own, since the log's is about something else.
 _LEVELS: dict[str, Level] = {"a sensor has nothing to say": "warning", "peer doesn't answer": "warning"}
 

@@ -25,7 +25,7 @@ import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, Protocol, Self, TextIO
 
@@ -244,6 +244,7 @@ class _StandardHandler(logging.Handler):
 _STANDARD = _StandardHandler(level=logging.WARNING)
 _output: _Output = _Direct()
 _listeners: tuple[Callable[[str, Mapping[str, Any]], None], ...] = ()
+_heard: frozenset[str] = frozenset()
 
 
 def _cleaned(
@@ -299,8 +300,9 @@ class Logger(BoundLoggerBase):
         try:
             arguments, _ = self._process_event(level, event, fields)
             output.emit(level, arguments[0])
-            for listener in _listeners:
-                listener(level, arguments[0])
+            if level != "info" or event in _heard:
+                for listener in _listeners:
+                    listener(level, arguments[0])
         except DropEvent:
             pass
         except Exception as error:  # the border: whoever logs is busy with something that matters more
@@ -308,12 +310,14 @@ class Logger(BoundLoggerBase):
                 output.emit("error", {"event": "an event could not be logged", "error": type(error).__name__})
 
 
-def listen(listener: Callable[[str, Mapping[str, Any]], None]) -> Callable[[], None]:
+def listen(
+    listener: Callable[[str, Mapping[str, Any]], None], events: Iterable[str] = ()
+) -> Callable[[], None]:
     """Have `listener` called with level and clean fields of each line, in the thread that logs; it must be
-    quick. The result ends that.
+    quick. Of level info only with `events`, since there is one for each request. The result ends that.
     """
-    global _listeners
-    _listeners = (*_listeners, listener)
+    global _listeners, _heard
+    _listeners, _heard = (*_listeners, listener), _heard.union(events)
 
     def end() -> None:
         global _listeners

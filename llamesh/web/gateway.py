@@ -137,7 +137,7 @@ class Gateway:
         # Only text streams; elsewhere llama-server ignores the wish, and so must the keep-alives.
         streams = record.streams = wish.streams and route.needs == "text"
         if self._dispatch.router is None:
-            return Ask(profile, inbound.request_id, streams, record=record)
+            return Ask(profile, inbound.request_id, streams)
         record.origin, record.via = inbound.travel.origin, inbound.travel.via
         self._number += 1
         features = read_features(wish, route, inbound.body, self._number)

@@ -5,7 +5,9 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable
+from typing import Any
 
+import msgspec
 import trio
 
 from llamesh.telemetry.recorder import Record
@@ -57,12 +59,14 @@ def unix_offset() -> float:
     return time.time() - trio.current_time()
 
 
-def _candidate(terms: object, here: str) -> Candidate:
-    total = float(getattr(terms, "total", math.inf))
-    parts = {part: round(value, 2) for part in _PARTS if (value := getattr(terms, part, 0.0))}
-    why_not = getattr(terms, "why_not", "")
+def _candidate(terms: Any, here: str) -> Candidate:
+    """`terms`: as they were made (see `core.cost`), or unpacked."""
+    known = terms if isinstance(terms, dict) else msgspec.structs.asdict(terms)
+    total = float(known.get("total", math.inf))
+    parts = {part: round(value, 2) for part in _PARTS if (value := known.get(part, 0.0))}
+    why_not = str(known.get("why_not", ""))
     return Candidate(
-        getattr(terms, "node", "") or here,
+        str(known.get("node", "")) or here,
         round(total, 2) if math.isfinite(total) else None,
         parts,
         why_not[:500] or None,

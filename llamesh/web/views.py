@@ -8,6 +8,7 @@ from llamesh.config.store import Store
 from llamesh.dispatch import Dispatch
 from llamesh.local.pool import Pool
 from llamesh.telemetry import logs
+from llamesh.telemetry.feed import TOLD
 from llamesh.telemetry.learned import LearnedValues
 from llamesh.telemetry.stats import NodeStats
 from llamesh.web import logs_stream, upstream
@@ -69,7 +70,7 @@ class Views:
 
     async def run(self) -> None:
         """What goes on all the time: history, the stream, and the log's lines that are events."""
-        stop = logs.listen(self.own.recorder.hear)
+        stop = logs.listen(self.own.recorder.hear, TOLD)
         try:
             await self.api.run()
         finally:

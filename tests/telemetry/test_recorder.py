@@ -51,11 +51,32 @@ def test_a_request_is_live_until_it_ends_and_can_be_found_ever_after() -> None:
 
 
 def test_the_last_ones_stay_and_the_newest_comes_first() -> None:
-    recorder = Recorder(most_requests=3)
-    for number in range(5):
-        recorder.end(begun(recorder, str(number)))
-    assert [record.id for record in recorder.ended()] == ["4", "3", "2"]
-    assert recorder.find("1") is None
+    recorder = Recorder(most_requests=1000)
+    for number in range(5000):
+        recorder.end(begun(recorder, f"r{number}"))
+    assert [record.id for record in recorder.ended()] == [f"r{n}" for n in range(4999, 3999, -1)]
+    assert recorder.find("r4000") is not None
+    assert recorder.find("r3000") is None
+
+
+def test_what_was_packed_is_as_it_was() -> None:
+    recorder = Recorder()
+    record = begun(recorder, "packed/1 é")
+    record.via, record.model, record.tries = ("a", "b"), "m:default", ["one", "two"]
+    record.first_token_ms, record.status, record.tokens = 1.25, 200, 7
+    record.decision = [Terms("b", float("inf"))]
+    recorder.end(record)
+    for number in range(300):
+        recorder.end(begun(recorder, f"later {number}"))
+    found = recorder.find("packed/1 é")
+    assert found is not None
+    assert found is not record
+    for name in Record.__struct_fields__:
+        if name not in ("decision", "via"):
+            assert getattr(found, name) == getattr(record, name), name
+    assert tuple(found.via) == ("a", "b")
+    assert list(found.decision) == [{"node": "b", "total": float("inf")}]
+    assert recorder.find("packed/1") is None
 
 
 def test_an_id_that_is_used_twice_at_once_names_two_requests() -> None:
@@ -166,6 +187,7 @@ def test_a_listener_hears_clean_lines_until_it_ends(capsys: pytest.CaptureFixtur
     recorder, log = Recorder(), get_logger("test")
     stop = listen(recorder.hear)
     try:
+        log.info("request", request_id="r")
         log.error("start failed", instance="m:default#1", error="Bearer abc", api_key="abc")
     finally:
         stop()
