@@ -4,7 +4,7 @@ import { el, setAttribute, setText } from "./dom.js";
 import { clock, clockShort } from "./format.js";
 
 const NS = "http://www.w3.org/2000/svg";
-const LEFT = 44, RIGHT = 8, TOP = 8, BOTTOM = 18;
+const LEFT = 48, RIGHT = 8, TOP = 8, BOTTOM = 18;
 const TICK_SECONDS = 900;
 
 function svg(name, attributes = {}) {
@@ -28,9 +28,9 @@ function roundUpSize(mib) {
 }
 
 export class Chart {
-  /** `format` makes a text of a value; `least`: the scale ends no lower; `binary`: values are MiB. */
-  constructor({ title, unit, format, least = 1, binary = false }) {
-    Object.assign(this, { title, unit, format, least, binary, values: [], end: 0, step: 10, limit: null, at: null });
+  /** `format` makes a text of a value, `tick` of one on the axis; `least`: the scale ends no lower; `binary`: values are MiB. */
+  constructor({ title, unit, format, tick = format, least = 1, binary = false }) {
+    Object.assign(this, { title, unit, format, tick, least, binary, values: [], end: 0, step: 10, limit: null, at: null });
     this.value = el("span", { look: "value" });
     this.when = el("span", { look: "when dim" });
     this.svg = svg("svg", { role: "img", tabindex: "0", class: "plot" });
@@ -94,7 +94,7 @@ export class Chart {
       const value = this.top * share, y = Math.round(this.y(value)) + 0.5;
       parts.push(svg("path", { d: `M${LEFT} ${y}H${this.width - RIGHT}` }));
       const label = svg("text", { x: LEFT - 6, y: y + 3.5, "text-anchor": "end" });
-      label.textContent = this.format(value);
+      label.textContent = this.tick(value);
       parts.push(label);
     }
     const start = this.end - this.values.length * this.step;
@@ -142,11 +142,12 @@ export class Chart {
     setText(this.value, value === null || value === undefined ? "–" : `${this.format(value)}${this.unit ? ` ${this.unit}` : ""}`);
     setText(this.when, index === null ? "" : clock(this.end - (this.values.length - 1 - index) * this.step));
     const visible = index !== null && value !== null && value !== undefined;
-    this.dot.classList.toggle("on", visible);
+    this.dot.classList.toggle("on", visible || last >= 0);
     setAttribute(this.cursor, "d", index === null ? "M0 0" : `M${this.x(index).toFixed(1)} ${TOP}V${this.height - BOTTOM}`);
-    if (visible) {
-      setAttribute(this.dot, "cx", this.x(index).toFixed(1));
-      setAttribute(this.dot, "cy", this.y(value).toFixed(1));
+    const marked = visible ? index : last; // without a cursor, the newest value
+    if (marked >= 0) {
+      setAttribute(this.dot, "cx", this.x(marked).toFixed(1));
+      setAttribute(this.dot, "cy", this.y(this.values[marked]).toFixed(1));
     }
     setAttribute(this.svg, "aria-label", `${this.title} in the last hour, ${this.when.textContent || "now"}: ${this.value.textContent}. Arrow keys move the cursor.`);
   }

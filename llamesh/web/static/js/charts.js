@@ -4,11 +4,14 @@ import { Chart } from "./chart.js";
 import { at } from "./dom.js";
 import { count, size, speed } from "./format.js";
 
+const tenth = (value) => count(Math.round(value * 10) / 10);
+const tick = (mib) => (mib >= 1024 ? `${tenth(mib / 1024)} GiB` : `${Math.round(mib)}`);
+
 const CHARTS = {
-  tokens_per_second: new Chart({ title: "Speed", unit: "tokens/s", format: (v) => (v >= 10 || v === 0 ? count(Math.round(v)) : speed(v)), least: 10 }),
-  queue: new Chart({ title: "Queue", unit: "waiting", format: (v) => count(Math.round(v * 10) / 10), least: 4 }),
-  vram: new Chart({ title: "VRAM in use", unit: "", format: (v) => (v ? size(v) : "0"), least: 1024, binary: true }),
-  ram: new Chart({ title: "Memory in use", unit: "", format: (v) => (v ? size(v) : "0"), least: 1024, binary: true }),
+  tokens_per_second: new Chart({ title: "Speed", unit: "tokens/s", format: (v) => (v >= 10 || v === 0 ? count(Math.round(v)) : speed(v)), tick: tenth, least: 10 }),
+  queue: new Chart({ title: "Queue", unit: "waiting", format: tenth, least: 4 }),
+  vram: new Chart({ title: "VRAM in use", unit: "", format: size, tick, least: 1024, binary: true }),
+  ram: new Chart({ title: "Memory in use", unit: "", format: size, tick, least: 1024, binary: true }),
 };
 
 export function setUpCharts() {

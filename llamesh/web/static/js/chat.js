@@ -1,6 +1,6 @@
 // The playground: a conversation with a model, streamed, by the way that any client's request takes.
 
-import { call, explain } from "./api.js";
+import { call, explain, get } from "./api.js";
 import { Combo } from "./combo.js";
 import { at, el, setText, show } from "./dom.js";
 import { count, duration, speed } from "./format.js";
@@ -92,6 +92,17 @@ function ask(model, messages, signal) {
   });
 }
 
+/** Of an answer that began and was cut the browser tells nothing; the node's record of it does. */
+async function whyCut(id) {
+  if (!id) return "";
+  try {
+    const record = await get(`api/v1/requests/${id.split("/").map(encodeURIComponent).join("/")}`);
+    return record.message ?? "";
+  } catch {
+    return ""; // the node is gone, too: the first error says so
+  }
+}
+
 class Meter {
   constructor() {
     this.asked = performance.now();
@@ -100,6 +111,7 @@ class Meter {
     this.pieces = 0;
     this.usage = null;
     this.node = "";
+    this.id = ""; // of the request, as soon as its answer began
   }
 
   piece() {
@@ -144,6 +156,7 @@ async function send() {
   let answer = null, thought = null, end = "";
   try {
     const response = await ask(model, conversation, asking.signal);
+    meter.id = response.headers.get("x-request-id") ?? "";
     meter.node = response.headers.get("x-llamesh-node") ?? "";
     for await (const chunk of chunks(response)) {
       meter.usage = chunk.usage ?? meter.usage;
@@ -158,7 +171,7 @@ async function send() {
     if (!meter.first) end = "an empty answer";
   } catch (error) {
     if (error.name === "AbortError") end = "stopped";
-    else say("wrong", "error", explain(error));
+    else say("wrong", "error", await whyCut(meter.id) || explain(error));
   }
   setText(at("chat-figures"), meter.text(end));
   // An unanswered question isn't part of the conversation.
