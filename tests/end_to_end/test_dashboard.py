@@ -30,7 +30,7 @@ pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="there is no chromium o
 
 SCREENSHOTS = os.environ.get("LLAMESH_TEST_SCREENSHOTS", "")
 PATIENCE_MS = PATIENCE_SECONDS * 1000
-DESKTOP = {"width": 1440, "height": 1000}
+DESKTOP = {"width": 1280, "height": 900}
 PHONE = {"width": 360, "height": 780}
 
 T = TypeVar("T")
@@ -165,7 +165,11 @@ async def test_it_shows_the_whole_mesh(tmp_path: Path) -> None:
                 # The row that is open stays open, and in place, while everything goes on.
                 page.locator("#request-rows tr", has=path).first.locator(".toggle").click()
                 page.locator(".detail-row").wait_for()
+                page.locator("#log-model").select_option("qwen3:default")
+                page.locator("#log-lines > div", has_text="request POST").first.wait_for()
                 no_overflow(page)
+                if SCREENSHOTS:
+                    page.wait_for_timeout(25_000)  # for something to see in the charts
                 shoot(page, "light", "#main")
                 page.locator("#theme").click()
                 page.locator("#theme").click()
@@ -212,6 +216,7 @@ async def test_a_chat_is_streamed_and_a_model_unloaded(tmp_path: Path, tiny_mode
                 assert page.locator(".said-by.model .body").inner_text()
                 assert page.locator(".said-by.user .body").inner_text() == "Hello <b>there</b>"
                 assert page.locator("#talk b").count() == 0
+                shoot(page, "chat", "#chat")
                 # Its instance is there; its log is shown; and it goes when it is told to.
                 row = page.locator("#instance-rows tr", has_text="tiny:default#1")
                 row.locator(".badge[data-look=good]").wait_for()
@@ -231,6 +236,7 @@ async def test_a_chat_is_streamed_and_a_model_unloaded(tmp_path: Path, tiny_mode
                 page.locator(".detail-row", has_text="served by node-a").wait_for()
                 # Loaded again, before anyone asks.
                 page.locator("tr[data-model='tiny:default']").get_by_role("button", name="Load").last.click()
+                shoot(page, "load", "#models")
                 page.locator("#sheet").get_by_role("button", name="Load", exact=True).click()
                 page.locator("tr[data-model='tiny:default'] .badge", has_text="loaded").wait_for()
 
