@@ -7,8 +7,8 @@ A record is a plain object that the gateway and the relay write to as the reques
 nothing at all for each token. What changes all the time (tokens so far, what it waits for) is read
 from the objects that know it, when somebody looks.
 
-Those that ended are packed, a few dozen at a time: ten thousand records as objects would spread over all of the
-memory from which the node allocates what the next requests need.
+Those that ended are packed, a few dozen at a time: as objects, ten thousand records would spread over all of
+the memory from which the node allocates what the next requests need.
 """
 
 from __future__ import annotations

@@ -85,9 +85,8 @@ async def streaming(source: Source, **options: Any) -> AsyncIterator[tuple[State
 
 
 async def watch(stream: StateStream, viewer: Viewer, last: str = "") -> None:
-    with viewer.scope:
-        with suppress(BrokenPipeError):
-            await stream.serve(viewer, last, viewer.abort, [])
+    with viewer.scope, suppress(BrokenPipeError):
+        await stream.serve(viewer, last, viewer.abort, [])
 
 
 async def test_a_snapshot_comes_first_and_holds_all(autojump_clock: trio.testing.MockClock) -> None:
