@@ -17,7 +17,9 @@ import msgspec
 # An offer's key in the state of its node begins with this.
 OFFER_PREFIX = "p:"
 
-_Name: TypeAlias = Annotated[str, msgspec.Meta(min_length=1, max_length=256, pattern=r"^[^\x00-\x1f\x7f]*$")]
+_Name: TypeAlias = Annotated[
+    str, msgspec.Meta(min_length=1, max_length=256, pattern=r"^[^\x00-\x1f\x7f:]*\Z")
+]
 _Text: TypeAlias = Annotated[str, msgspec.Meta(max_length=4096)]
 _Count: TypeAlias = Annotated[int, msgspec.Meta(ge=0, le=1 << 53)]
 _Amount: TypeAlias = Annotated[float, msgspec.Meta(ge=0, le=1e15)]
