@@ -7,6 +7,7 @@ import argparse
 import os
 import sys
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import llamesh
@@ -36,7 +37,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 required=options.config is not None,
                 secrets_required=options.secrets is not None,
             )
-            engine = trio.run(find_engine, settings.llama_cpp.binary_path)
+            wanted = settings.llama_cpp
+            engine = trio.run(partial(find_engine, wanted.binary_path, will_be_built=wanted.enabled))
             sys.stdout.write(f"llamesh {llamesh.__version__}, engine {engine.origin} {engine.version}\n")
             return 0
         files = Files(
@@ -48,7 +50,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         )
         store = Store(files, os.environ)
         settings = store.current.settings
-        engine = trio.run(find_engine, settings.llama_cpp.binary_path)
+        wanted = settings.llama_cpp
+        engine = trio.run(partial(find_engine, wanted.binary_path, will_be_built=wanted.enabled))
     except (ConfigError, EngineNotFound) as error:
         sys.stderr.write(f"{error}\n")
         return 1

@@ -6,9 +6,6 @@ from llamesh.config.settings import Settings
 
 
 def without_effect(settings: Settings) -> tuple[str, ...]:
-    """The dotted names of switches that are on and do nothing: there is one node, and no builds."""
-    switches = {
-        "cluster.enabled": settings.cluster.enabled,
-        "llama_cpp.enabled": settings.llama_cpp.enabled,
-    }
+    """The dotted names of switches that are on and do nothing: there is one node."""
+    switches = {"cluster.enabled": settings.cluster.enabled}
     return tuple(name for name, on in switches.items() if on)

@@ -15,7 +15,7 @@ import site
 import sys
 import sysconfig
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -23,6 +23,7 @@ import trio
 
 import llamesh
 from llamesh.config.cookbook import FromArguments, HubFile, ModelPath, Profile
+from llamesh.local.builds.record import build_behind
 from llamesh.local.process import Child, Platform
 
 __all__ = [
@@ -30,6 +31,7 @@ __all__ = [
     "Engine",
     "EngineNotFound",
     "Launch",
+    "ask_version",
     "build_launch",
     "child_environment",
     "find_engine",
@@ -107,13 +109,21 @@ class Engine:
     """The program behind every instance.
 
     `command` comes before the arguments; `version` is what it says of itself or "unknown"; `flags` are those
-    its `--help` lists, empty when it can't be asked.
+    its `--help` lists, empty when it can't be asked. `build` names the build of ours that it is, "" for
+    none; `always`: arguments that it must be run with, whatever a profile says.
     """
 
     command: tuple[str, ...]
     origin: Literal["configured", "path", "embedded"]
     version: str
     flags: frozenset[str] = frozenset()
+    build: str = ""
+    always: tuple[str, ...] = ()
+
+    @property
+    def identity(self) -> str:
+        """What tells it from another one that may behave otherwise: builds of one commit may differ."""
+        return f"{self.version} {self.build}".strip()
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,12 +145,14 @@ async def find_engine(
     environ: Mapping[str, str] | None = None,
     ask_seconds: float = ASK_SECONDS,
     platform: Platform | None = None,
+    will_be_built: bool = False,
 ) -> Engine:
     """The configured binary, else a `llama-server` on PATH, else the embedded engine.
 
     `binary_path` is llama_cpp.binary_path; when it isn't `default_path` somebody chose it, and then nothing
-    else will do. Runs the binary with `--version` and `--help`, each for `ask_seconds` at most; no answer is
-    fine. Raises EngineNotFound.
+    else will do, unless it `will_be_built`. One that leads to a build of ours is that build, whatever the
+    path leads to later. Runs the binary with `--version` and `--help`, each for `ask_seconds` at most; no
+    answer is fine. Raises EngineNotFound.
     """
     environ = os.environ if environ is None else environ
     if binary_path.exists():
@@ -149,9 +161,13 @@ async def find_engine(
                 f"llama_cpp.binary_path {binary_path} is not an executable file: make it one (chmod +x) or "
                 "name another"
             )
+        if (ours := build_behind(binary_path)) is not None:
+            build, program = ours
+            engine = await _ask_engine("configured", str(program), environ, ask_seconds, platform)
+            return replace(engine, build=build.key, always=build.always)
         # Absolute, since a child may be started in another directory.
         return await _ask_engine("configured", str(binary_path.absolute()), environ, ask_seconds, platform)
-    if binary_path != default_path:
+    if binary_path != default_path and not will_be_built:
         raise EngineNotFound(
             f"llama_cpp.binary_path {binary_path} does not exist: correct it, or leave it out to use a "
             f"{PROGRAM} on PATH or the embedded engine"
@@ -162,6 +178,9 @@ async def find_engine(
     try:
         version = importlib.metadata.version("xllamacpp")
     except importlib.metadata.PackageNotFoundError:
+        if will_be_built:
+            # Starts of it fail and say so, until it is there.
+            return Engine((str(binary_path.absolute()),), "configured", "unknown")
         raise EngineNotFound(
             f"there is no engine: {binary_path} does not exist, no {PROGRAM} is on PATH, and the embedded "
             "engine (Python package xllamacpp) is not installed"
@@ -178,6 +197,11 @@ def _embedded_command() -> tuple[str, ...]:
     # In a checkout, -P would hide our own package as well: say where it is. Not by PYTHONPATH, which whatever
     # the engine starts would inherit.
     return (sys.executable, "-P", "-c", _RUN_FROM_CHECKOUT, root)
+
+
+async def ask_version(program: Path, environ: Mapping[str, str]) -> str:
+    """What a program says of itself, "unknown" where it doesn't."""
+    return (await _ask_engine("configured", str(program), environ, ASK_SECONDS, None)).version
 
 
 async def _ask_engine(
@@ -281,6 +305,8 @@ def build_launch(
         if number is None:
             raise BadArguments(f"{profile.key}: --port needs a number from 1 to 65535, not {given_port!r}")
         port = number
+    if engine is not None:
+        added += engine.always  # the last one of a flag counts
     return Launch((*source_arguments(profile), *own, *added), host, port)
 
 

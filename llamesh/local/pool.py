@@ -53,7 +53,8 @@ _RELOAD_SECONDS = 1.0
 class Pool:
     """See the module. `on_change(profile key)` is called whenever placement may decide anew.
 
-    `queue_length(profile key)` is asked for who waits; the dispatcher sets both.
+    `queue_length(profile key)` is asked for who waits; the dispatcher sets both. `on_start(instance, worked)`
+    is called when a start has worked or failed. `engine` is the one that serves; another one may be about to.
     """
 
     def __init__(
@@ -70,7 +71,9 @@ class Pool:
     ) -> None:
         """`instance_type` is for tests."""
         self.engine = engine
+        self._starts = engine  # what new instances run
         self.memory = memory
+        self.on_start: Callable[[Instance, bool], None] = lambda instance, worked: None
         self.on_change: Callable[[str], None] = lambda key: None
         self.queue_length: Callable[[str], int] = lambda key: 0
         self.evictions: Counter[str] = Counter()  # by reason
@@ -121,7 +124,9 @@ class Pool:
     def slots_expected(self, key: str) -> int:
         """How many requests one more instance will take: configured, or what the last one reported."""
         configured = self._current.settings.model_defaults.max_concurrent_requests_per_instance
-        return configured or self._learned.of(key).n_slots or 1
+        learned = self._learned.of(key)
+        # Another engine may have another default.
+        return configured or (learned.n_slots if learned.engine in ("", self._starts.identity) else 0) or 1
 
     def room(self, profile: Profile) -> Room:
         """May one more instance of `profile` start? Later, too, while its size isn't known yet."""
@@ -193,6 +198,11 @@ class Pool:
 
     # Acting.
 
+    def start_with(self, engine: Engine) -> None:
+        """What is started from now on runs `engine`; what runs isn't touched."""
+        self._starts = engine
+        self.memory.use_engine(engine)
+
     def spawn(self, profile: Profile, *, on_cpu: bool = False) -> Instance:
         """Start one more instance; it is STARTING when this returns. Raises NoFreePort, BadArguments,
         and OSError where there are no sockets to look for a port with. The keeper has it tried again.
@@ -205,7 +215,7 @@ class Pool:
         port = self._ports.claim(number, user=key) if number else self._ports.reserve(user=key)
         try:
             launch = build_launch(
-                profile, self.engine, host="127.0.0.1", port=port.number, context=context, on_cpu=on_cpu
+                profile, self._starts, host="127.0.0.1", port=port.number, context=context, on_cpu=on_cpu
             )
         except BadArguments:
             port.close()
@@ -214,7 +224,7 @@ class Pool:
         instance = self._instance_type(
             f"{key}#{self._count}",
             profile,
-            self.engine,
+            self._starts,
             launch,
             port,
             slot_limit=self._current.settings.model_defaults.max_concurrent_requests_per_instance,
@@ -344,7 +354,12 @@ class Pool:
     def _note_ready(self, instance: Instance) -> None:
         key = instance.profile.key
         self._troubles.note_ready(key)
+        self.on_start(instance, True)
         learned, facts = self._learned.of(key), instance.facts
+        if learned.engine != instance.engine.identity:
+            # What another engine said of itself isn't true of this one, where this one is silent.
+            learned.n_ctx = learned.context_length = learned.n_ctx_train = 0
+            learned.engine = instance.engine.identity
         learned.n_slots = instance.slots
         learned.n_ctx = facts.n_ctx or learned.n_ctx
         learned.context_length = facts.n_ctx_slot or learned.context_length
@@ -374,6 +389,7 @@ class Pool:
         else:
             self._stats.profile(key).start_failures_total += 1
             self.memory.forget(instance.profile)  # the file may be another one by now
+            self.on_start(instance, False)
             trouble, again = self._troubles.note_failed_start(instance.profile, failure, now)
             log.error(
                 "start failed",

@@ -34,7 +34,7 @@ class Learned(msgspec.Struct, omit_defaults=True):
 
     n_ctx: context of the whole instance, in tokens; context_length: what one request may use;
     n_ctx_train: what the model was trained for; n_slots: requests at once; load_seconds: process
-    start to ready; tokens_per_second: decode speed of one answer.
+    start to ready; tokens_per_second: decode speed of one answer. engine: which one said so.
     """
 
     n_ctx: _Count = 0
@@ -43,6 +43,7 @@ class Learned(msgspec.Struct, omit_defaults=True):
     n_slots: _Count = 0
     load_seconds: _Amount = 0.0
     tokens_per_second: _Amount = 0.0
+    engine: str = ""
 
 
 class Peak(msgspec.Struct):

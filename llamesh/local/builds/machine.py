@@ -1,0 +1,59 @@
+"""Which GPUs this machine has, and which tools for them, from what lies about: nothing is started."""
+
+from __future__ import annotations
+
+import os
+import platform
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+
+from llamesh.core.backends import Machine
+
+# PCI's numbers of makers, as /sys has them.
+_MAKERS = {"0x10de": "nvidia", "0x1002": "amd", "0x8086": "intel"}
+
+# Where toolkits install themselves without telling PATH.
+_PLACES = {
+    "nvcc": ("/usr/local/cuda/bin", "/opt/cuda/bin"),
+    "hipcc": ("/opt/rocm/bin",),
+    "glslc": (),
+}
+
+_VULKAN_HEADER = "vulkan/vulkan.h"
+_INCLUDES = ("/usr/include", "/usr/local/include", "/opt/homebrew/include")
+
+
+def look(environ: Mapping[str, str], *, root: Path = Path("/")) -> Machine:
+    """Look. `root` is for tests. Blocking, for some milliseconds."""
+    gpus = {
+        maker
+        for vendor in root.glob("sys/class/drm/card*/device/vendor")
+        if (maker := _MAKERS.get(_first_word(vendor)))
+    }
+    # Without a display (in a container, on a server) there may be no card in /sys.
+    if (root / "proc/driver/nvidia/version").exists() or (root / "dev/nvidiactl").exists():
+        gpus.add("nvidia")
+    if (root / "dev/kfd").exists():
+        gpus.add("amd")
+    system = platform.system()
+    if system == "Darwin":
+        gpus.add("apple")
+    path = environ.get("PATH", os.defpath)
+    tools = {
+        tool
+        for tool, places in _PLACES.items()
+        if shutil.which(tool, path=os.pathsep.join((path, *(str(root / p.lstrip("/")) for p in places))))
+    }
+    sdk = environ.get("VULKAN_SDK")
+    includes = [root / place.lstrip("/") for place in _INCLUDES] + ([Path(sdk) / "include"] if sdk else [])
+    if any((place / _VULKAN_HEADER).exists() for place in includes):
+        tools.add("vulkan headers")
+    return Machine(system, frozenset(gpus), frozenset(tools))
+
+
+def _first_word(path: Path) -> str:
+    try:
+        return path.read_text().strip().lower()
+    except OSError:
+        return ""
