@@ -1,5 +1,5 @@
 """The command line: `llamesh --config PATH --cookbook PATH [--secrets PATH]` runs a node, and
-`llamesh pause [TIME]` has a running one leave the machine to its owner."""
+`llamesh pause [TIME]` has a running one leave the machine to its owner, `llamesh build` builds llama.cpp."""
 
 from __future__ import annotations
 
@@ -67,8 +67,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _tell(options: argparse.Namespace) -> int:
-    """Do a command that talks to a running node."""
-    from llamesh.command import pause
+    """Do what isn't running a node; the exit code."""
     from llamesh.config.problems import ConfigError
     from llamesh.config.settings import load_settings
 
@@ -83,6 +82,13 @@ def _tell(options: argparse.Namespace) -> int:
     except ConfigError as error:
         sys.stderr.write(f"{error}\n")
         return 1
+    if options.command == "build":
+        from llamesh.local.builds.terminal import Wanted, build
+
+        wanted = Wanted(options.backend, options.repo_url, options.branch, options.prebuilt, options.force)
+        return build(settings.llama_cpp, wanted, os.environ)
+    from llamesh.command import pause
+
     return pause(settings, options.time, os.environ)
 
 
@@ -105,7 +111,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--version", action="store_true", help="print this program's and the engine's version"
     )
-    commands = parser.add_subparsers(dest="command", metavar="COMMAND", title="commands to a running node")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", title="commands")
     pause = commands.add_parser(
         "pause",
         help="leave the machine to its owner for a while",
@@ -119,9 +125,35 @@ def _parser() -> argparse.ArgumentParser:
         metavar="TIME",
         help="how long: 90 (seconds), 30m, 2h; `off` ends it; nothing: until `off`",
     )
+    _add_build_command(commands)
     # After the command, too; what stands before it counts unless it is said again.
-    _add_files(pause, default=argparse.SUPPRESS)
+    for command in commands.choices.values():
+        _add_files(command, default=argparse.SUPPRESS)
     return parser
+
+
+def _add_build_command(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    build = commands.add_parser(
+        "build",
+        help="build llama.cpp, test it, and have llama_cpp.binary_path lead to it",
+        description="Builds llama.cpp as the section llama_cpp of the configuration says, tests it, and "
+        "makes it the engine in one step; a node that runs takes it over. Prints the path of the engine. When "
+        "anything goes wrong, the engine in use stays.",
+    )
+    backends = ("auto", "cpu", "cuda", "metal", "vulkan", "hip")
+    build.add_argument(
+        "--backend", choices=backends, help="what computes; auto: the best that can be built on this machine"
+    )
+    build.add_argument(
+        "--repo-url", metavar="SOURCE", help="a git repository, or a folder or an archive with the source"
+    )
+    build.add_argument("--branch", metavar="NAME", help="a branch, a tag or a commit")
+    build.add_argument(
+        "--prebuilt",
+        action="store_true",
+        help="install a release of llama.cpp, checked by sha256, instead of compiling",
+    )
+    build.add_argument("--force", action="store_true", help="build even what is built already")
 
 
 def _add_files(parser: argparse.ArgumentParser, default: str | None = None) -> None:

@@ -23,7 +23,7 @@ import os
 import sys
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 HELP = """----- common params -----
 -c,    --ctx-size N                     size of the prompt context
@@ -47,7 +47,7 @@ class Handler(BaseHTTPRequestHandler):
     """Two routes."""
 
     protocol_version = "HTTP/1.1"
-    behaviour: dict[str, Any] = {}
+    behaviour: ClassVar[dict[str, Any]] = {}
     mixes = False
     asked = 0
 

@@ -11,6 +11,7 @@ import psutil
 import trio
 
 from llamesh.core.builds import TARGET, Recipe, jobs, progress_of, with_jobs
+from llamesh.local.builds import machine
 from llamesh.local.builds.failure import BuildFailed
 from llamesh.local.builds.tools import need, run_tool
 
@@ -75,7 +76,7 @@ async def _compile(
         need("c++", environ, CONFIGURE)
     generator = _generator(recipe, environ)
     folder.mkdir(parents=True, exist_ok=True)
-    more = {"NINJA_STATUS": _NINJA_STATUS, "CLICOLOR_FORCE": "0"}
+    more = {"NINJA_STATUS": _NINJA_STATUS, "CLICOLOR_FORCE": "0", "PATH": machine.search_path(environ)}
     configure = [cmake, *generator, "-S", str(source), "-B", str(folder), *_ALWAYS, *recipe.arguments]
     await run_tool(
         configure, stage=CONFIGURE, environ=environ, more=more, on_line=on_line, silence=_SILENT_SECONDS

@@ -39,17 +39,19 @@ def look(environ: Mapping[str, str], *, root: Path = Path("/")) -> Machine:
     system = platform.system()
     if system == "Darwin":
         gpus.add("apple")
-    path = environ.get("PATH", os.defpath)
-    tools = {
-        tool
-        for tool, places in _PLACES.items()
-        if shutil.which(tool, path=os.pathsep.join((path, *(str(root / p.lstrip("/")) for p in places))))
-    }
+    path = search_path(environ, root=root)
+    tools = {tool for tool in _PLACES if shutil.which(tool, path=path)}
     sdk = environ.get("VULKAN_SDK")
     includes = [root / place.lstrip("/") for place in _INCLUDES] + ([Path(sdk) / "include"] if sdk else [])
     if any((place / _VULKAN_HEADER).exists() for place in includes):
         tools.add("vulkan headers")
     return Machine(system, frozenset(gpus), frozenset(tools))
+
+
+def search_path(environ: Mapping[str, str], *, root: Path = Path("/")) -> str:
+    """PATH, and after it the places where toolkits are that aren't on it."""
+    places = [str(root / place.lstrip("/")) for several in _PLACES.values() for place in several]
+    return os.pathsep.join([environ.get("PATH", os.defpath), *places])
 
 
 def _first_word(path: Path) -> str:

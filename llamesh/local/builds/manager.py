@@ -19,7 +19,7 @@ from llamesh.core.builds import boot_pause
 from llamesh.errors import Conflict, InvalidRequest
 from llamesh.local.builds.compile import COMPILE, CONFIGURE
 from llamesh.local.builds.failure import BuildFailed, TriedBefore
-from llamesh.local.builds.maker import Plan, Progress, make
+from llamesh.local.builds.maker import CHECK, Plan, Progress, make
 from llamesh.local.builds.record import Build
 from llamesh.local.builds.rollout import Rollout
 from llamesh.local.builds.store import Store
@@ -49,6 +49,7 @@ class BuildManager:
         self._store = Store(settings.build_path, settings.binary_path)
         self._rollout = Rollout(pool)
         self._rollout.on_rejected = self._take_back
+        self._rollout.on_settled = self._tidy_up
         self._unusable: dict[str, str] = {}  # keys of builds that failed in this life, and why
         self._running = False
         self._booting = True
@@ -154,7 +155,9 @@ class BuildManager:
             if made.changed:
                 await self._take_over()
                 self._untidy = True
-            self._note("built" if made.changed else "unchanged", started, made.build)
+            self._note(
+                "built" if made.changed else "unchanged", started, made.build, aloud=made.changed or asked
+            )
             return True
         except TriedBefore as error:
             log.debug("no new build", reason=str(error))
@@ -174,18 +177,19 @@ class BuildManager:
     async def _take_over(self) -> None:
         self._rollout.begin(await find_engine(self._settings.binary_path))
 
-    def _note(self, outcome: str, started: float, build: Build) -> None:
+    def _note(self, outcome: str, started: float, build: Build, *, aloud: bool) -> None:
         self.outcomes[outcome] += 1
         seconds = round(time.time() - started, 1)
         self._last = {"outcome": outcome, "at": round(started), "seconds": seconds, "commit": build.commit}
-        if build.always:
+        if build.always and outcome == "built":
             log.error(
                 "this build mixes up conversations in its prompt cache in host memory, and is run without",
                 build=build.key,
                 arguments=" ".join(build.always),
             )
-        log.info(
-            "engine " + outcome, commit=build.commit, build=build.key, version=build.version, seconds=seconds
+        tell = log.info if aloud else log.debug
+        tell(
+            f"engine {outcome}", commit=build.commit, build=build.key, version=build.version, seconds=seconds
         )
 
     def _fail(self, error: BuildFailed | EngineNotFound, started: float) -> None:
@@ -225,7 +229,7 @@ class BuildManager:
             await trio.sleep(_LOOK_SECONDS)
             if self._running:
                 continue
-            if self._untidy and not self._rollout.on_trial:
+            if self._untidy:
                 self._untidy = False
                 await trio.to_thread.run_sync(self._store.prune, self._settings.keep_builds)
             live = await trio.to_thread.run_sync(self._store.live)
@@ -236,10 +240,14 @@ class BuildManager:
             except EngineNotFound as error:
                 log.warning("the engine at llama_cpp.binary_path can't be used", error=str(error))
 
+    def _tidy_up(self) -> None:
+        self._untidy = True
+
     def _log_progress(self) -> None:
         progress = self.progress
         tenth = int((progress.percent or 0) // _LOG_PERCENT)
-        if progress.stage and (progress.stage, tenth) != self._logged and self._running:
+        worth_it = progress.stage not in ("", CHECK) and self._running
+        if worth_it and (progress.stage, tenth) != self._logged:
             log.info(
                 "building", stage=progress.stage, percent=progress.percent, commit=progress.commit or None
             )

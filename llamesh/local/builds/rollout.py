@@ -47,6 +47,7 @@ class Rollout:
         self._excused: set[str] = set()  # profiles that fail with the fallback, too
         self._work = trio.Event()
         self._holds: dict[str, Hold] = {}
+        self.on_settled: Callable[[], None] = lambda: None  # the trial is over, whatever came of it
         self.on_rejected: Callable[[Engine, str], None] = lambda engine, why: None
         pool.on_start = self.note_start
         self._hold()
@@ -118,7 +119,9 @@ class Rollout:
             log.info(
                 "the engine serves", engine_version=self._target.version, build=self._target.build or None
             )
-        self._pool.engine = self._target
+            self._pool.engine = self._target
+            self._hold()
+            self.on_settled()
 
     def _reject(self, why: str) -> None:
         assert self._fallback is not None  # noqa: S101
@@ -134,6 +137,7 @@ class Rollout:
             error=why,
         )
         self.on_rejected(rejected, why)
+        self.on_settled()
 
     async def _drain_next(self) -> bool:
         """Have one instance of an old engine leave; whether there was one."""

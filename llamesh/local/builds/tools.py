@@ -24,10 +24,11 @@ LAST_LINES = 20
 _NICENESS = "10"
 
 # Where we are killed, nobody tells Ninja to end its compilers: a watcher in the tool's group looks for us
-# ($0) each second. It ends with the group.
+# ($0) each second. It ends with the group. Its parent is gone at once: cmake, told to end, waits for its
+# children, and would wait for this one.
 _WATCHED = (
-    '( trap "" TERM; while kill -0 "$0" 2>/dev/null; do sleep 1; done; '
-    'kill -TERM 0; sleep 3; kill -KILL 0 ) >/dev/null 2>&1 & exec "$@"'
+    '( ( trap "" TERM; while kill -0 "$0" 2>/dev/null; do sleep 1; done; '
+    'kill -TERM 0; sleep 3; kill -KILL 0 ) >/dev/null 2>&1 & ); exec "$@"'
 )
 
 # user:password@ in a url.
