@@ -137,8 +137,8 @@ def _add_build_command(commands: argparse._SubParsersAction[argparse.ArgumentPar
         "build",
         help="build llama.cpp, test it, and have llama_cpp.binary_path lead to it",
         description="Builds llama.cpp as the section llama_cpp of the configuration says, tests it, and "
-        "makes it the engine in one step; a node that runs takes it over. Prints the path of the engine. When "
-        "anything goes wrong, the engine in use stays.",
+        "makes it the engine in one step; a node that runs takes it over. Prints the path of the engine. "
+        "When anything goes wrong, the engine in use stays.",
     )
     backends = ("auto", "cpu", "cuda", "metal", "vulkan", "hip")
     build.add_argument(

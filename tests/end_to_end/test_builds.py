@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import signal
+import sys
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import trio
 
@@ -24,7 +27,7 @@ from tests.end_to_end.cookbooks import (
 )
 from tests.support.fake import fake_profile_file, launches
 from tests.support.fake_project import FakeProject, settings_for
-from tests.support.node import Node, running_node, wait_until
+from tests.support.node import Node, clean_environment, running_node, wait_until
 
 
 @pytest.fixture
@@ -290,7 +293,11 @@ async def test_a_build_that_somebody_else_made_is_taken_over(tmp_path: Path, pro
         project.commit(version="two")
         words = ["build", "--config", str(node.directory / "config.yaml")]
         done = await trio.run_process(
-            [*command(), *words], capture_stdout=True, capture_stderr=True, env=environment(), cwd=tmp_path
+            [sys.executable, "-m", "llamesh", *words],
+            capture_stdout=True,
+            capture_stderr=True,
+            env=clean_environment({}),
+            cwd=tmp_path,
         )
         assert Path(done.stdout.decode().strip()).is_file()
         await node.wait_event("gone", instance="a:default#1")
@@ -314,8 +321,9 @@ async def test_a_mixing_build_is_run_without_the_cache(tmp_path: Path, project: 
 async def test_the_end_of_the_node_ends_a_build(tmp_path: Path, project: FakeProject, number: int) -> None:
     project.commit(version="one", gate=str(tmp_path / "never"))
     async with building(tmp_path, project, {"models": []}) as node:
-        await wait_document(node, "/admin/builds", lambda d: d.get("percent") is not None)
-        assert any("compile.sh" in " ".join(p.cmdline()) for p in processes_in(tmp_path))
+        await wait_until(
+            lambda: any("compile.sh" in name for name in names_in(tmp_path)), "nothing is compiled"
+        )
         node.send_signal(number)
         assert await node.wait_end() == (0 if number == signal.SIGTERM else -number)
         await wait_alone(tmp_path)
@@ -344,13 +352,10 @@ async def test_what_one_engine_said_is_not_believed_of_another(tmp_path: Path, p
     assert len({key.split("\x1f")[0] for key in learned["peaks"]}) == len(learned["peaks"])
 
 
-def command() -> list[str]:
-    import sys
-
-    return [sys.executable, "-m", "llamesh"]
-
-
-def environment() -> dict[str, str]:
-    from tests.support.node import clean_environment
-
-    return clean_environment({})
+def names_in(directory: Path) -> list[str]:
+    """The command lines of the processes that have to do with a folder."""
+    found = []
+    for process in processes_in(directory):
+        with contextlib.suppress(psutil.Error):
+            found.append(" ".join(process.cmdline()))
+    return found
