@@ -31,6 +31,10 @@ _POLL_SECONDS = 0.1
 # So long may it take until the old engine is tried where the new one failed.
 _VERDICT_SECONDS = 120.0
 
+# Whoever used it so recently will soon ask again: that long is waited for the next request.
+_IN_USE_SECONDS = 60.0
+_NEXT_ASKS_SECONDS = 1.0
+
 # On its way out already, or nothing yet.
 _STAYING = (State.STARTING, State.READY)
 
@@ -97,6 +101,7 @@ class Rollout:
                 self._suspect = (key, str(instance.failure))
                 self._suspected_at = trio.current_time()
                 self._pool.start_with(self._fallback)
+                self._work.set()
             elif engine is self._fallback and self._suspect is not None and self._suspect[0] == key:
                 self._suspect = None
                 self._excused.add(key)
@@ -154,9 +159,13 @@ class Rollout:
         # What waits for a start of the old engine has waited for long: it is drained like the rest, but last.
         leaving = min(old, key=lambda i: (i.state is State.STARTING, i.busy_slots > 0, i.last_used))
         key = leaving.profile.key
+        in_use = leaving.busy_slots > 0 or trio.current_time() - leaving.last_used < _IN_USE_SECONDS
         self._pool.drain((leaving.id,), "another engine takes its place", cause="engine")
         await leaving.wait_gone()
         self._report()
+        with trio.move_on_after(_NEXT_ASKS_SECONDS if in_use else 0.0):
+            while not self._is_awaited(key):
+                await trio.sleep(_POLL_SECONDS)
         while self._is_awaited(key):
             await trio.sleep(_POLL_SECONDS)
         return True

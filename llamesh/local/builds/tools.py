@@ -23,12 +23,17 @@ LAST_LINES = 20
 
 _NICENESS = "10"
 
+# What a shell makes of SIGKILL.
+_KILLED = 137
+
 # Where we are killed, nobody tells Ninja to end its compilers: a watcher in the tool's group looks for us
-# ($0) each second. It ends with the group. Its parent is gone at once: cmake, told to end, waits for its
-# children, and would wait for this one.
+# ($0) each second. It ends with the group. Its parent is gone at once: cmake, told to end, waits for all its
+# children, and would wait for this one. The shell stays, and outlasts a SIGTERM to the group: the leader is
+# killed at once when we are, and with the leader ends the group, before Ninja could do its part.
 _WATCHED = (
     '( ( trap "" TERM; while kill -0 "$0" 2>/dev/null; do sleep 1; done; '
-    'kill -TERM 0; sleep 3; kill -KILL 0 ) >/dev/null 2>&1 & ); exec "$@"'
+    "kill -TERM 0; sleep 3; kill -KILL 0 ) >/dev/null 2>&1 & ); "
+    'trap : TERM; "$@"; exit $?'
 )
 
 # user:password@ in a url.
@@ -125,6 +130,8 @@ async def run_tool(
         )
     if code:
         ended = f"was ended by signal {-code}" if code < 0 else f"ended with exit code {code}"
+        if code == _KILLED:
+            ended += " (killed: often for want of memory)"
         reason = explain(lines) or f"{Path(command[0]).name} {ended}"
         raise BuildFailed(stage, reason, command=shown, exit_code=code, last_lines=lines[-LAST_LINES:])
     return lines
