@@ -87,6 +87,10 @@ def _tell(options: argparse.Namespace) -> int:
 
         wanted = Wanted(options.backend, options.repo_url, options.branch, options.prebuilt, options.force)
         return build(settings.llama_cpp, wanted, os.environ)
+    if options.command == "doctor":
+        from llamesh.local.builds.doctor import doctor
+
+        return doctor(settings.llama_cpp, os.environ)
     from llamesh.command import pause
 
     return pause(settings, options.time, os.environ)
@@ -154,6 +158,12 @@ def _add_build_command(commands: argparse._SubParsersAction[argparse.ArgumentPar
         help="install a release of llama.cpp, checked by sha256, instead of compiling",
     )
     build.add_argument("--force", action="store_true", help="build even what is built already")
+    commands.add_parser(
+        "doctor",
+        help="say how it stands with the engine on this machine",
+        description="Says which engine is used, which GPUs it leaves unused, and what is missing to build "
+        "another. Exit code 1 when something is wrong.",
+    )
 
 
 def _add_files(parser: argparse.ArgumentParser, default: str | None = None) -> None:

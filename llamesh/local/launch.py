@@ -9,22 +9,20 @@ from __future__ import annotations
 
 import importlib.metadata
 import os
-import re
 import shutil
 import site
 import sys
 import sysconfig
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
-import trio
-
 import llamesh
 from llamesh.config.cookbook import FromArguments, HubFile, ModelPath, Profile
+from llamesh.local.asking import ask, flags_in, version_in
 from llamesh.local.builds.record import build_behind
-from llamesh.local.process import Child, Platform
+from llamesh.local.process import Platform
 
 __all__ = [
     "BadArguments",
@@ -43,7 +41,6 @@ PROGRAM = "llama-server"
 DEFAULT_BINARY_PATH = Path("./llama.cpp/bin/llama-server")
 # A wrapper script may know neither --version nor --help and start for real: ask for so long, then kill it.
 ASK_SECONDS = 2.0
-_ANSWER_LINES = 4000
 
 _EMBEDDED_MODULE = "llamesh.local.engine"
 _RUN_FROM_CHECKOUT = (
@@ -57,8 +54,6 @@ _ALIAS = frozenset({"-a", "--alias"})
 _HOST = frozenset({"--host"})
 _PORT = frozenset({"--port"})
 _SECRETS = frozenset({"--api-key", "--hf-token", "-hft"})
-# An answer to --help without these isn't llama-server's own, and says nothing about which flags pass.
-_PROOF_OF_HELP = frozenset({"--ctx-size", "--port", "--host"})
 
 # What a child must not inherit, besides everything that begins with LLAMESH_.
 _NOT_INHERITED = frozenset(
@@ -211,55 +206,19 @@ async def _ask_engine(
     seconds: float,
     platform: Platform | None,
 ) -> Engine:
-    said, answered = await _ask([program, "--version"], environ, seconds, platform)
-    version = next(filter(None, map(_version_in, said)), "unknown")
+    environment = child_environment(environ, api_key="")
     flags: frozenset[str] = frozenset()
-    # One that didn't come back from the first question won't from the second.
-    if answered:
-        said, answered = await _ask([program, "--help"], environ, seconds, platform)
-        if answered:
-            flags = _flags_in(said)
-    return Engine((program,), origin, version, flags)
-
-
-async def _ask(
-    command: Sequence[str], environ: Mapping[str, str], seconds: float, platform: Platform | None
-) -> tuple[list[str], bool]:
-    """What a program says, and whether it ended with success in time; its whole group is gone afterwards."""
-    lines: list[str] = []
-
-    def keep(line: str) -> None:
-        if len(lines) < _ANSWER_LINES:
-            lines.append(line)
-
     try:
-        child = Child.spawn(
-            command, env=child_environment(environ, api_key=""), on_line=keep, platform=platform
-        )
+        said, answered = await ask([program, "--version"], environment, seconds, platform)
+        version = version_in(said)
+        # One that didn't come back from the first question won't from the second.
+        if answered:
+            said, answered = await ask([program, "--help"], environment, seconds, platform)
+            if answered:
+                flags = flags_in(said)
     except OSError as problem:
-        raise EngineNotFound(f"{command[0]} can't be started: {problem}") from problem
-    code: int | None = None
-    with trio.move_on_after(seconds):
-        code = await child.run()
-    return lines, code == 0
-
-
-_VERSION_LINE = re.compile(r"version:\s*(\S.{0,79})")
-# "-c,    --ctx-size N        size of ...": names joined by commas, up to the first thing that isn't one.
-_FLAG_LINE = re.compile(r"\s{0,8}(-{1,2}[A-Za-z][\w.-]*(?:,\s*-{1,2}[A-Za-z][\w.-]*)*)")
-
-
-def _version_in(line: str) -> str | None:
-    found = _VERSION_LINE.match(line)
-    return found[1].strip() if found else None
-
-
-def _flags_in(lines: Iterable[str]) -> frozenset[str]:
-    flags: set[str] = set()
-    for line in lines:
-        if found := _FLAG_LINE.match(line):
-            flags.update(re.split(r",\s*", found[1]))
-    return frozenset(flags) if flags >= _PROOF_OF_HELP else frozenset()
+        raise EngineNotFound(f"{program} can't be started: {problem}") from problem
+    return Engine((program,), origin, version, flags)
 
 
 def build_launch(

@@ -54,7 +54,7 @@ class Pool:
     """See the module. `on_change(profile key)` is called whenever placement may decide anew.
 
     `queue_length(profile key)` is asked for who waits; the dispatcher sets both. `on_start(instance, worked)`
-    is called when a start has worked or failed. `engine` is the one that serves; another one may be about to.
+    is called when a start worked or failed. `engine` is the one that serves; see `start_with`.
     """
 
     def __init__(
@@ -124,9 +124,7 @@ class Pool:
     def slots_expected(self, key: str) -> int:
         """How many requests one more instance will take: configured, or what the last one reported."""
         configured = self._current.settings.model_defaults.max_concurrent_requests_per_instance
-        learned = self._learned.of(key)
-        # Another engine may have another default.
-        return configured or (learned.n_slots if learned.engine in ("", self._starts.identity) else 0) or 1
+        return configured or self._learned.of(key).slots_on(self._starts.identity) or 1
 
     def room(self, profile: Profile) -> Room:
         """May one more instance of `profile` start? Later, too, while its size isn't known yet."""
@@ -159,9 +157,8 @@ class Pool:
 
     def can_spawn(self) -> bool:
         """Whether an instance of some size could start, now or after an idle one has left."""
-        return not self._closed and isinstance(
-            room(Need(), self.tenants(), self.memory.budget()), Fits | Evict
-        )
+        answer = room(Need(), self.tenants(), self.memory.budget())
+        return not self._closed and isinstance(answer, Fits | Evict)
 
     def tenants(self) -> list[Tenant]:
         """All instances as admission sees them."""
@@ -199,7 +196,7 @@ class Pool:
     # Acting.
 
     def start_with(self, engine: Engine) -> None:
-        """What is started from now on runs `engine`; what runs isn't touched."""
+        """What is started from now on runs `engine`. What runs isn't touched, and `engine` still names it."""
         self._starts = engine
         self.memory.use_engine(engine)
 
@@ -243,9 +240,7 @@ class Pool:
 
     def _need(self, profile: Profile, *, on_cpu: bool) -> Need:
         size = self.memory.size(profile)
-        if size is None:
-            return Need()
-        return size.cpu_only if on_cpu and size.cpu_only is not None else size.need
+        return Need() if size is None else size.needed(on_cpu=on_cpu)
 
     def drain(self, ids: tuple[str, ...], reason: str, *, cause: str, may_resume: bool = False) -> None:
         """Have these instances leave after their requests. `cause`: a word for the metrics."""
@@ -355,16 +350,8 @@ class Pool:
         key = instance.profile.key
         self._troubles.note_ready(key)
         self.on_start(instance, True)
-        learned, facts = self._learned.of(key), instance.facts
-        if learned.engine != instance.engine.identity:
-            # What another engine said of itself isn't true of this one, where this one is silent.
-            learned.n_ctx = learned.context_length = learned.n_ctx_train = 0
-            learned.engine = instance.engine.identity
-        learned.n_slots = instance.slots
-        learned.n_ctx = facts.n_ctx or learned.n_ctx
-        learned.context_length = facts.n_ctx_slot or learned.context_length
-        learned.n_ctx_train = facts.n_ctx_train or learned.n_ctx_train
-        learned.load_seconds = round(instance.ready_after, 3)
+        learned = self._learned.of(key)
+        learned.note_start(instance.engine.identity, instance.facts, instance.slots, instance.ready_after)
         stats = self._stats.profile(key)
         stats.load_seconds = instance.ready_after
         stats.start_seconds.observe(instance.ready_after)
@@ -384,8 +371,7 @@ class Pool:
             self._stats.profile(key).crashes_total += 1
             pause = self._troubles.note_crash(instance.profile, now)
             log.error("crashed", instance=instance.id, error=str(failure), next_start_in_seconds=pause)
-            if pause:
-                self._wake_later(key, pause)
+            self._wake_later(key, pause)
         else:
             self._stats.profile(key).start_failures_total += 1
             self.memory.forget(instance.profile)  # the file may be another one by now
@@ -398,16 +384,15 @@ class Pool:
                 attempt=trouble.failures,
                 next_try_in_seconds=again,
             )
-            if again is not None:
-                self._wake_later(key, again)
+            self._wake_later(key, again)
 
-    def _wake_later(self, key: str, pause: float) -> None:
-        if self._nursery is not None:
-            self._nursery.start_soon(self._wake_at, key, trio.current_time() + pause)
+    def _wake_later(self, key: str, pause: float | None) -> None:
+        async def wake(moment: float) -> None:
+            await trio.sleep_until(moment)
+            self.on_change(key)
 
-    async def _wake_at(self, key: str, moment: float) -> None:
-        await trio.sleep_until(moment)
-        self.on_change(key)
+        if pause and self._nursery is not None:
+            self._nursery.start_soon(wake, trio.current_time() + pause)
 
 
 _NONE: list[Instance] = []

@@ -68,6 +68,10 @@ class Size:
     source: str = "unknown"
     too_large: str = ""
 
+    def needed(self, *, on_cpu: bool) -> Need:
+        """With or without a GPU."""
+        return self.cpu_only if on_cpu and self.cpu_only is not None else self.need
+
 
 @dataclass(frozen=True, slots=True)
 class Limits:

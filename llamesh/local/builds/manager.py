@@ -18,6 +18,7 @@ from llamesh.config.sections import LlamaCpp
 from llamesh.core.builds import boot_pause
 from llamesh.errors import Conflict, InvalidRequest
 from llamesh.local.builds.compile import COMPILE, CONFIGURE
+from llamesh.local.builds.doctor import unused_gpus
 from llamesh.local.builds.failure import BuildFailed, TriedBefore
 from llamesh.local.builds.maker import CHECK, Plan, Progress, make
 from llamesh.local.builds.record import Build
@@ -108,6 +109,7 @@ class BuildManager:
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(self._rollout.run)
                 nursery.start_soon(self._follow_link)
+                nursery.start_soon(self._tell_unused_gpus)
                 if self._settings.enabled:
                     nursery.start_soon(self._work)
 
@@ -128,6 +130,10 @@ class BuildManager:
             with trio.move_on_after(pause) as waiting:
                 await self._wanted.wait()
             due = waiting.cancelled_caught
+
+    async def _tell_unused_gpus(self) -> None:
+        for sentence in await unused_gpus(self._pool.engine, os.environ):
+            log.warning("a GPU isn't used", problem=sentence)
 
     async def _is_missing(self) -> bool:
         """Whether there is no build of ours that was made the way it is wanted now."""

@@ -7,15 +7,17 @@ later: whether one works on this machine is asked of it before it is used, as of
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import platform
 import shutil
 import ssl
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import cast
 from urllib.parse import urlsplit
 
 import trio
@@ -243,13 +245,16 @@ async def fetch(url: str, archive: Archive, target: Path, advance: Callable[[flo
                     if reply.status_code != 200:
                         raise BuildFailed(FETCH, f"{url} answers {reply.status_code} {reply.reason_phrase}")
                     with target.open("wb") as file:
-                        async for chunk in reply.aiter_raw(_CHUNK_BYTES):
-                            size += len(chunk)
-                            if size > archive.size:
-                                break
-                            await trio.to_thread.run_sync(file.write, chunk)
-                            digest.update(chunk)
-                            advance(size / archive.size)
+                        # Closed at once where it isn't read to its end.
+                        body = cast(AsyncGenerator[bytes, None], reply.aiter_raw(_CHUNK_BYTES))
+                        async with contextlib.aclosing(body) as chunks:
+                            async for chunk in chunks:
+                                size += len(chunk)
+                                if size > archive.size:
+                                    break
+                                await trio.to_thread.run_sync(file.write, chunk)
+                                digest.update(chunk)
+                                advance(size / archive.size)
                 break
             else:
                 raise BuildFailed(FETCH, f"{url} leads on and on")
