@@ -337,7 +337,7 @@ async def test_the_end_of_the_node_ends_a_build(tmp_path: Path, project: FakePro
 async def test_what_one_engine_said_is_not_believed_of_another(tmp_path: Path, project: FakeProject) -> None:
     project.commit(version="one")
     file = fake_profile_file(tmp_path, "a", launches=[{"n_ctx": 8192}, {"n_ctx": 4096}])
-    async with building(tmp_path, project, cookbook(a=profile(file, "-np 2"))) as node:
+    async with building(tmp_path, project, cookbook(a=profile(file, "-np 1"))) as node:
         await node.wait_event("engine built")
         await ask_well(node, "a")
         project.commit(version="two")

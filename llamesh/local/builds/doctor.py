@@ -103,9 +103,7 @@ async def _doctor(settings: LlamaCpp, environ: Mapping[str, str]) -> int:
         if behind is not None:
             say(f"  built from {behind[0].source}, commit {behind[0].commit[:12]}\n")
         if engine.always:
-            say(
-                f"  it mixes up conversations in its prompt cache, and is run with {' '.join(engine.always)}\n"
-            )
+            say(f"  it mixes up conversations in its prompt cache: run with {' '.join(engine.always)}\n")
         for sentence in await unused_gpus(engine, environ):
             say(f"  {sentence}\n")
             wrong += 1
