@@ -25,7 +25,7 @@ from tests.end_to_end.cookbooks import (
     wait_alone,
     wait_document,
 )
-from tests.support.fake import fake_profile_file, launches
+from tests.support.fake import FAKE_LLAMA_SERVER, fake_profile_file, launches
 from tests.support.fake_project import FakeProject, settings_for
 from tests.support.node import Node, clean_environment, running_node, wait_until
 
@@ -231,6 +231,30 @@ async def test_an_engine_that_can_not_serve_is_taken_back(tmp_path: Path, projec
         assert len(node.find_events("engine built", version="two")) == 1
         assert first["version"] == "one"
         assert await node.stop() == 0
+
+
+async def test_a_first_build_that_can_not_serve_gives_way_to_the_user_s_own(
+    tmp_path: Path, project: FakeProject
+) -> None:
+    own = tmp_path / "engine" / "bin" / "llama-server"
+    own.parent.mkdir(parents=True)
+    own.write_text(f'#!/bin/sh\nexec {FAKE_LLAMA_SERVER} "$@"\n')
+    own.chmod(0o755)
+    gate = tmp_path / "gate"
+    project.commit(version="one", serves=False, gate=str(gate))
+    [file] = fakes(tmp_path, "a").values()
+    async with building(tmp_path, project, cookbook(a=profile(file))) as node:
+        await ask_well(node, "a")
+        gate.touch()
+        await node.wait_event("gone", instance="a:default#1")
+        await ask_well(node, "a")
+        await node.wait_event("the new engine can't serve and was taken back")
+        assert own.read_text().startswith("#!/bin/sh\nexec ")
+        assert await version(node) == "0 (fake)"
+        assert await node.stop() == 0
+    # Nor is it taken at the next start.
+    async with running_node(tmp_path / "again", cookbook(a=profile(file)), binary_path=own) as node:
+        await ask_well(node, "a")
 
 
 async def test_a_model_that_no_engine_can_load_is_no_reason(tmp_path: Path, project: FakeProject) -> None:

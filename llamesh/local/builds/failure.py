@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+FETCH = "fetching the source"
+
 
 class BuildFailed(Exception):
     """A build, or the look for a newer commit, came to nothing; the engine in use isn't touched.

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import platform
 import shutil
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -59,3 +61,16 @@ def _first_word(path: Path) -> str:
         return path.read_text().strip().lower()
     except OSError:
         return ""
+
+
+def processor() -> str:
+    """What a binary made with -march=native is bound to: the architecture and its extensions."""
+    words = [os.uname().machine, sys.platform]
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith(("flags", "Features")):
+                words += sorted(line.partition(":")[2].split())
+                break
+    except OSError:
+        pass  # not Linux: the architecture has to do
+    return hashlib.sha256(" ".join(words).encode()).hexdigest()[:16]

@@ -19,11 +19,10 @@ from llamesh.core.backends import arguments_for, choose_backend, names_backend
 from llamesh.core.builds import Recipe, build_key
 from llamesh.local.builds import machine
 from llamesh.local.builds.compile import compile_source
-from llamesh.local.builds.failure import BuildFailed, TriedBefore
+from llamesh.local.builds.failure import FETCH, BuildFailed, TriedBefore
 from llamesh.local.builds.record import Build
 from llamesh.local.builds.smoke import smoke_test
-from llamesh.local.builds.source import STAGE as FETCH
-from llamesh.local.builds.source import Source, processor, source_of
+from llamesh.local.builds.source import Source, source_of
 from llamesh.local.builds.store import Store
 from llamesh.local.builds.tiny_model import tiny_model
 from llamesh.local.builds.tools import hide_credentials
@@ -90,17 +89,21 @@ class Plan:
         work = settings.build_path.absolute() / "work"
         return Plan(
             source_of(settings.repo_url, settings.branch, repo_path, work, environ),
-            Recipe(tuple(arguments), tuple(settings.build_command_args), processor()),
+            Recipe(tuple(arguments), tuple(settings.build_command_args), machine.processor()),
             f"{hide_credentials(settings.repo_url)} {settings.branch}",
         )
 
 
 @dataclass(frozen=True, slots=True)
 class Made:
-    """The build that is live now, and whether another one was before."""
+    """The build that is live now, and whether another one was before.
+
+    `before`: the program that `binary_path` was or led to before, where it changed; None for none.
+    """
 
     build: Build
     changed: bool
+    before: Path | None = None
 
 
 async def make(
@@ -133,8 +136,8 @@ async def make(
             made = await trio.to_thread.run_sync(store.find, key)
             if made is None or force:
                 made = await _build(plan, commit, key, store, environ, progress)
-            await trio.to_thread.run_sync(store.make_live, key)
-            return Made(made, changed=True)
+            before = await trio.to_thread.run_sync(store.make_live, key)
+            return Made(made, changed=True, before=before)
     finally:
         progress.enter("")
 

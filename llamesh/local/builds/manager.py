@@ -10,6 +10,7 @@ import math
 import os
 import time
 from collections import Counter
+from pathlib import Path
 from typing import Any
 
 import trio
@@ -52,6 +53,7 @@ class BuildManager:
         self._rollout.on_rejected = self._take_back
         self._rollout.on_settled = self._tidy_up
         self._unusable: dict[str, str] = {}  # keys of builds that failed in this life, and why
+        self._before: Path | None = None  # the program that served before the one on trial
         self._running = False
         self._booting = True
         self._untidy = False  # builds may have become too many
@@ -159,7 +161,7 @@ class BuildManager:
                 may_use=lambda build, key: asked or self._may_use(build, key),
             )
             if made.changed:
-                await self._take_over()
+                await self._take_over(made.before)
                 self._untidy = True
             self._note(
                 "built" if made.changed else "unchanged", started, made.build, aloud=made.changed or asked
@@ -180,8 +182,12 @@ class BuildManager:
     def _may_use(self, build: Build | None, key: str) -> bool:
         return key not in self._unusable and not (build is not None and build.rejected)
 
-    async def _take_over(self) -> None:
-        self._rollout.begin(await find_engine(self._settings.binary_path))
+    async def _take_over(self, before: Path | None) -> None:
+        """Have the node run what `binary_path` leads to; `before`: what it led to."""
+        engine = await find_engine(self._settings.binary_path)
+        if not self._rollout.on_trial:
+            self._before = before
+        self._rollout.begin(engine, before)
 
     def _note(self, outcome: str, started: float, build: Build, *, aloud: bool) -> None:
         self.outcomes[outcome] += 1
@@ -222,12 +228,10 @@ class BuildManager:
         self._unusable[engine.build] = why
         self._last = {"outcome": "rejected", "at": round(time.time()), "build": engine.build, "error": why}
         self._store.reject(engine.build, why)
-        before = self._rollout.target.build
-        if before and self._store.find(before) is not None:
-            try:
-                self._store.make_live(before)
-            except BuildFailed as error:
-                log.error("the build that served before can't be made live again", error=str(error))
+        try:
+            self._store.lead_back(self._before)
+        except BuildFailed as error:
+            log.error("llama_cpp.binary_path still leads to the engine that can't serve", error=str(error))
 
     async def _follow_link(self) -> None:
         """Take over what somebody else makes live: another process that builds, or the user by hand."""
@@ -241,8 +245,9 @@ class BuildManager:
             live = await trio.to_thread.run_sync(self._store.live)
             if live is None or live.key == self._rollout.target.build or live.key in self._unusable:
                 continue
+            served = self._rollout.target
             try:
-                await self._take_over()
+                await self._take_over(Path(served.command[0]) if served.build else None)
             except EngineNotFound as error:
                 log.warning("the engine at llama_cpp.binary_path can't be used", error=str(error))
 

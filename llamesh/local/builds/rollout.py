@@ -14,6 +14,8 @@ Everything is decided in `begin` and `note_start`, which don't wait; the task on
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
 
 import trio
 
@@ -66,15 +68,18 @@ class Rollout:
         """Whether the target has yet to serve."""
         return self._fallback is not None
 
-    def begin(self, engine: Engine) -> None:
-        """Move to another engine; also in the midst of moving to one. The same one is nothing to do."""
+    def begin(self, engine: Engine, before: Path | None = None) -> None:
+        """Move to another engine; also in the midst of moving to one. The same one is nothing to do.
+
+        `before`: where the present one is now, if it had to make way.
+        """
         if _same(engine, self._target):
             return
         if self._fallback is not None and _same(engine, self._fallback):
             engine, self._fallback = self._fallback, None  # back to what serves
         else:
             # What never served is no fallback; what it was to fall back to still is.
-            self._fallback = self._fallback or self._target
+            self._fallback = self._fallback or _moved(self._target, before)
         self._set_target(engine)
         log.info("moving to another engine", engine_version=engine.version, build=engine.build or None)
 
@@ -197,6 +202,13 @@ class Rollout:
         for program in used:
             if program not in self._holds and (held := hold(program)) is not None:
                 self._holds[program] = held
+
+
+def _moved(engine: Engine, program: Path | None) -> Engine:
+    """A program of the user's own, where it is now; a build of ours stays where it is."""
+    if program is None or engine.origin != "configured" or engine.build:
+        return engine
+    return replace(engine, command=(str(program),))
 
 
 def _same(one: Engine, other: Engine) -> bool:

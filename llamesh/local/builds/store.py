@@ -136,21 +136,31 @@ class Store:
             raise BuildFailed(STAGE, f"{folder} can't be written: {error}") from error
         return build
 
-    def make_live(self, key: str) -> None:
-        """Have `binary_path` lead to a build. A program that somebody put there is kept beside it.
+    def make_live(self, key: str) -> Path | None:
+        """Have `binary_path` lead to a build. The program that it was or led to before, None for none.
 
-        Raises BuildFailed.
+        A file that somebody put there is kept beside it, under another name. Raises BuildFailed.
         """
         try:
             self._link.parent.mkdir(parents=True, exist_ok=True)
-            if self._link.is_dir() and not self._link.is_symlink():
+            if self._link.is_dir():
                 raise BuildFailed(STAGE, f"llama_cpp.binary_path {self._link} is a folder: name a file in it")
-            if self._link.exists() and not self._link.is_symlink():
-                self._link.rename(self._free_name())
-            new = self._link.with_name(f".{self._link.name}.{os.getpid()}.new")
-            new.unlink(missing_ok=True)
-            new.symlink_to(self.program(key))
-            os.replace(new, self._link)
+            before = self._link.resolve() if self._link.exists() else None
+            if before is not None and not self._link.is_symlink():
+                before = self._free_name()
+                self._link.rename(before)
+            self._lead_to(self.program(key))
+        except (OSError, RuntimeError) as error:
+            raise BuildFailed(STAGE, f"{self._link} can't be set: {error}") from error
+        return before
+
+    def lead_back(self, program: Path | None) -> None:
+        """Have `binary_path` lead to what it led to before `make_live`. Raises BuildFailed."""
+        try:
+            if program is not None:
+                self._lead_to(program)
+            elif self._link.is_symlink():
+                self._link.unlink()
         except OSError as error:
             raise BuildFailed(STAGE, f"{self._link} can't be set: {error}") from error
 
@@ -190,6 +200,12 @@ class Store:
         finally:
             os.close(file)
         return True
+
+    def _lead_to(self, program: Path) -> None:
+        new = self._link.with_name(f".{self._link.name}.{os.getpid()}.new")
+        new.unlink(missing_ok=True)
+        new.symlink_to(program)
+        os.replace(new, self._link)
 
     def _free_name(self) -> Path:
         """A name for a program of the user's own that was in the place of ours."""

@@ -5,17 +5,19 @@ from __future__ import annotations
 import io
 import os
 import tarfile
+import threading
 import zipfile
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
 
 from llamesh.local.builds.archives import unpack
 from llamesh.local.builds.failure import BuildFailed
+from llamesh.local.builds.git_source import GitSource
 from llamesh.local.builds.source import (
     ArchiveSource,
     FolderSource,
-    GitSource,
     check_reference,
     check_repository,
     source_of,
@@ -109,13 +111,39 @@ def test_passwords_are_hidden() -> None:
 
 
 async def test_a_password_does_not_show_in_an_error(tmp_path: Path) -> None:
-    source = GitSource("http://me:hush@127.0.0.1:1/x", "main", tmp_path / "clone", os.environ)
+    source = GitSource.at("http://me:hush@127.0.0.1:1/x", "main", tmp_path / "clone", os.environ)
     with pytest.raises(BuildFailed) as caught:
         await source.newest()
     assert "can't be reached" in str(caught.value)
     assert "folder or an archive" in str(caught.value)
     assert "hush" not in caught.value.report()
     assert caught.value.exit_code == 128
+
+
+async def test_a_password_travels_in_a_header_and_not_in_the_url(tmp_path: Path) -> None:
+    seen: list[tuple[str, str | None]] = []
+
+    class Server(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            seen.append((self.path, self.headers["authorization"]))
+            self.send_error(404)
+
+        def log_message(self, *arguments: object) -> None:
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Server) as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        url = f"http://me:hu%20sh@127.0.0.1:{server.server_address[1]}/x.git"
+        source = source_of(url, "main", tmp_path / "clone", tmp_path, os.environ)
+        with pytest.raises(BuildFailed) as caught:
+            await source.newest()
+        server.shutdown()
+        thread.join()
+    assert seen[0] == ("/x.git/info/refs?service=git-upload-pack", "Basic bWU6aHUgc2g=")
+    assert "@" not in caught.value.command
+    assert "hu" not in repr(source).split("environ")[0]
+    assert "bWU6" not in repr(source)
 
 
 async def test_git_itself_refuses_what_runs_programs(tmp_path: Path) -> None:

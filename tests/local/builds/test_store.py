@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -110,6 +111,33 @@ def test_a_program_of_the_user_s_is_kept(shelf: Shelf) -> None:
     shelf.store.make_live("one")
     kept = sorted(path.read_text() for path in shelf.link.parent.glob("llama-server.own*"))
     assert kept == ["mine", "mine, too"]
+
+
+def test_back_to_what_was_there(shelf: Shelf) -> None:
+    """A build, a program of the user's own, a link of theirs, nothing."""
+    shelf.make("one")
+    shelf.make("two")
+    assert shelf.store.make_live("one") is None
+    before = shelf.store.make_live("two")
+    assert before == shelf.store.program("one").resolve()
+    shelf.store.lead_back(before)
+    live = shelf.store.live()
+    assert live is not None
+    assert live.key == "one"
+    shelf.store.lead_back(None)
+    assert not os.path.lexists(shelf.link)
+    shelf.link.write_text("mine")
+    own = shelf.store.make_live("one")
+    assert own is not None
+    shelf.store.lead_back(own)
+    assert shelf.link.read_text() == "mine"
+    theirs = shelf.folder / "theirs"
+    theirs.write_text("of theirs")
+    shelf.link.unlink()
+    shelf.link.symlink_to(theirs)
+    assert shelf.store.make_live("one") == theirs
+    shelf.store.lead_back(theirs)
+    assert shelf.link.read_text() == "of theirs"
 
 
 def test_a_folder_in_the_place_of_the_program(shelf: Shelf) -> None:
