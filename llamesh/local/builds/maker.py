@@ -133,6 +133,9 @@ async def make(
         if not may_use(await trio.to_thread.run_sync(store.find, key), key):
             raise TriedBefore(CHECK, f"commit {commit[:12]} was tried before and can't be used")
         async with store.lock(lambda: progress.enter(WAIT)):
+            live = await trio.to_thread.run_sync(store.live)
+            if live is not None and live.key == key and not force:
+                return Made(live, changed=False)  # somebody else was first
             made = await trio.to_thread.run_sync(store.find, key)
             if made is None or force:
                 made = await _build(plan, commit, key, store, environ, progress)

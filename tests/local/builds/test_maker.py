@@ -120,6 +120,23 @@ async def test_a_branch_a_tag_or_a_commit(tmp_path: Path, project: FakeProject, 
     assert (made.build.commit, made.build.version) == (old, "old")
 
 
+async def test_history_comes_without_its_files(tmp_path: Path, project: FakeProject) -> None:
+    """From a server that can leave them out, as the real place does; each commit still builds."""
+    project.git("config", "uploadpack.allowFilter", "true")
+    for number in range(3):
+        project.commit(version=f"old {number}")
+    settings = plan_for(f"file://{project.path}", tmp_path)
+    first = await build(settings)
+    clone = FakeProject.__new__(FakeProject)
+    clone.path = settings.repo_path
+    assert clone.git("rev-list", "--count", "HEAD") == "3"
+    missing = clone.git("rev-list", "--objects", "--missing=print", "HEAD")
+    assert missing.count("?") >= 2
+    project.commit(version="new")
+    second = await build(settings)
+    assert (first.build.version, second.build.version) == ("old 2", "new")
+
+
 async def test_a_name_that_nothing_has(tmp_path: Path, project: FakeProject) -> None:
     project.commit(version="1")
     error = await failed(plan_for(project, tmp_path, branch="nowhere"))
