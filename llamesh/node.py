@@ -25,6 +25,7 @@ from llamesh.config.problems import ConfigError
 from llamesh.config.store import Change, Store
 from llamesh.dispatch import Dispatch
 from llamesh.errors import Draining
+from llamesh.local.builds.manager import BuildManager
 from llamesh.local.keeper import Keeper
 from llamesh.local.launch import Engine
 from llamesh.local.memory import Memory
@@ -75,6 +76,8 @@ class Node:
         self.keeper = Keeper(current, self.pool)
         self.dispatch = Dispatch(current, self.pool, self.learned)
         self.dispatch.away = self.keeper.away
+        self.builds = BuildManager(settings.llama_cpp, self.pool, settings.node_id)
+        self.stats.builds = self.builds.outcomes
         self.prewarm = Prewarm(self.pool, self.dispatch)
         self.gateway = Gateway(current, self.dispatch, self.stats)
         self.pages = Pages(
@@ -85,14 +88,10 @@ class Node:
             self.learned,
             self.gateway.access,
         )
-        info = {
-            "version": llamesh.__version__,
-            "node": settings.node_id,
-            "engine": engine.origin,
-            "engine_version": engine.version,
-        }
-        administration = Administration(store, self.pool, self.dispatch, self.prewarm, self.keeper)
-        collector = NodeCollector(self.stats, self.pages.gauges, info)
+        administration = Administration(
+            store, self.pool, self.dispatch, self.prewarm, self.keeper, self.builds
+        )
+        collector = NodeCollector(self.stats, self.pages.gauges, self._info)
         app = build_app(self.pages, administration, collector, self.gateway.access)
         store.on_change = self._apply
         store.on_problem = self._report
@@ -113,6 +112,15 @@ class Node:
                 self.lane,
                 administration,
             )
+
+    def _info(self) -> dict[str, str]:
+        engine = self.pool.engine
+        return {
+            "version": llamesh.__version__,
+            "node": self.settings.node_id,
+            "engine": engine.origin,
+            "engine_version": engine.version,
+        }
 
     def _apply(self, change: Change) -> None:
         """The files have changed, and `store.current` with them."""
@@ -156,6 +164,7 @@ class Node:
             await self.memory.sample([])
             root.start_soon(self.memory.run, self.pool.all, self.pool.leave_strangers_their_memory)
             root.start_soon(self.keeper.run)
+            root.start_soon(self.builds.run)
             root.start_soon(self.store.watch)
             root.start_soon(listener.run)
             root.start_soon(self._save_now_and_then)
@@ -201,6 +210,7 @@ class Node:
     async def _shut_down(self, signals: AsyncIterator[signal.Signals], listener: Listener) -> None:
         grace = self.store.current.settings.shutdown_grace_period_seconds
         log.info("draining", grace_seconds=grace, running=self.stats.current_requests)
+        self.builds.stop()
         self.dispatch.shutting_down = True
         self.lane.closing = True
         async with trio.open_nursery() as nursery:

@@ -90,7 +90,7 @@ class Instance:
         self.created = self.last_used = self.last_progress = trio.current_time()
         self.was_ready = False
         self.ready_after = 0.0  # seconds from start to ready
-        self._engine = engine
+        self.engine = engine
         self._port = port
         self._slot_limit = slot_limit
         self._ledger = ledger
@@ -267,12 +267,12 @@ class Instance:
             # llama-server would say so too, but after a start and in many words.
             self.failure = Failure(f"there is no model file {source.path}", None, "")
             return
-        command = [*self._engine.command, *self.launch.arguments]
+        command = [*self.engine.command, *self.launch.arguments]
         environment = child_environment(self._environment, api_key=self._api_key)
         try:
             child = self.child = Child.spawn(command, env=environment, on_line=self._read_line)
         except OSError as error:
-            self.failure = Failure(f"can't start {self._engine.command[0]}: {error}", None, "")
+            self.failure = Failure(f"can't start {self.engine.command[0]}: {error}", None, "")
             return
         self._progress = Progress(child.pid)
         problem = self._ledger.record(child.pid)

@@ -59,7 +59,6 @@ class Memory:
         self.accounts: Accounts | None = None
         self.intruder = ""  # a running process that `yield_to` names
         self._current = current
-        self._engine = engine
         self._learned = learned
         self._sensors = sensors or Sensors()
         self._sizing = Sizing(engine, learned, os.environ, HeaderCache())
@@ -83,6 +82,10 @@ class Memory:
     def forget(self, profile: Profile) -> None:
         """Look anew at the profile's file before its next start."""
         self._sizing.forget(profile)
+
+    def use_engine(self, engine: Engine) -> None:
+        """What is started from now on runs `engine`."""
+        self._sizing.use_engine(engine)
 
     # What there is.
 
@@ -194,7 +197,9 @@ class Memory:
         held = self.held(instance)
         if held is None or not self._is_settled(instance) or instance.on_cpu:
             return
-        key = self._sizing.argument_key(instance.profile, _context_of(instance), self._devices)
+        key = self._sizing.argument_key(
+            instance.profile, _context_of(instance), self._devices, instance.engine
+        )
         self._learned.note_peak(key, held.vram, held.sysmem)
 
     @staticmethod

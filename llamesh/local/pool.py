@@ -53,7 +53,8 @@ _RELOAD_SECONDS = 1.0
 class Pool:
     """See the module. `on_change(profile key)` is called whenever placement may decide anew.
 
-    `queue_length(profile key)` is asked for who waits; the dispatcher sets both.
+    `queue_length(profile key)` is asked for who waits; the dispatcher sets both. `on_start(instance, worked)`
+    is called when a start worked or failed. `engine` is the one that serves; see `start_with`.
     """
 
     def __init__(
@@ -70,7 +71,9 @@ class Pool:
     ) -> None:
         """`instance_type` is for tests."""
         self.engine = engine
+        self._starts = engine  # what new instances run
         self.memory = memory
+        self.on_start: Callable[[Instance, bool], None] = lambda instance, worked: None
         self.on_change: Callable[[str], None] = lambda key: None
         self.queue_length: Callable[[str], int] = lambda key: 0
         self.evictions: Counter[str] = Counter()  # by reason
@@ -121,7 +124,7 @@ class Pool:
     def slots_expected(self, key: str) -> int:
         """How many requests one more instance will take: configured, or what the last one reported."""
         configured = self._current.settings.model_defaults.max_concurrent_requests_per_instance
-        return configured or self._learned.of(key).n_slots or 1
+        return configured or self._learned.of(key).slots_on(self._starts.identity) or 1
 
     def room(self, profile: Profile) -> Room:
         """May one more instance of `profile` start? Later, too, while its size isn't known yet."""
@@ -154,9 +157,8 @@ class Pool:
 
     def can_spawn(self) -> bool:
         """Whether an instance of some size could start, now or after an idle one has left."""
-        return not self._closed and isinstance(
-            room(Need(), self.tenants(), self.memory.budget()), Fits | Evict
-        )
+        answer = room(Need(), self.tenants(), self.memory.budget())
+        return not self._closed and isinstance(answer, Fits | Evict)
 
     def tenants(self) -> list[Tenant]:
         """All instances as admission sees them."""
@@ -193,6 +195,11 @@ class Pool:
 
     # Acting.
 
+    def start_with(self, engine: Engine) -> None:
+        """What is started from now on runs `engine`. What runs isn't touched, and `engine` still names it."""
+        self._starts = engine
+        self.memory.use_engine(engine)
+
     def spawn(self, profile: Profile, *, on_cpu: bool = False) -> Instance:
         """Start one more instance; it is STARTING when this returns. Raises NoFreePort, BadArguments,
         and OSError where there are no sockets to look for a port with. The keeper has it tried again.
@@ -205,7 +212,7 @@ class Pool:
         port = self._ports.claim(number, user=key) if number else self._ports.reserve(user=key)
         try:
             launch = build_launch(
-                profile, self.engine, host="127.0.0.1", port=port.number, context=context, on_cpu=on_cpu
+                profile, self._starts, host="127.0.0.1", port=port.number, context=context, on_cpu=on_cpu
             )
         except BadArguments:
             port.close()
@@ -214,7 +221,7 @@ class Pool:
         instance = self._instance_type(
             f"{key}#{self._count}",
             profile,
-            self.engine,
+            self._starts,
             launch,
             port,
             slot_limit=self._current.settings.model_defaults.max_concurrent_requests_per_instance,
@@ -233,9 +240,7 @@ class Pool:
 
     def _need(self, profile: Profile, *, on_cpu: bool) -> Need:
         size = self.memory.size(profile)
-        if size is None:
-            return Need()
-        return size.cpu_only if on_cpu and size.cpu_only is not None else size.need
+        return Need() if size is None else size.needed(on_cpu=on_cpu)
 
     def drain(self, ids: tuple[str, ...], reason: str, *, cause: str, may_resume: bool = False) -> None:
         """Have these instances leave after their requests. `cause`: a word for the metrics."""
@@ -344,12 +349,9 @@ class Pool:
     def _note_ready(self, instance: Instance) -> None:
         key = instance.profile.key
         self._troubles.note_ready(key)
-        learned, facts = self._learned.of(key), instance.facts
-        learned.n_slots = instance.slots
-        learned.n_ctx = facts.n_ctx or learned.n_ctx
-        learned.context_length = facts.n_ctx_slot or learned.context_length
-        learned.n_ctx_train = facts.n_ctx_train or learned.n_ctx_train
-        learned.load_seconds = round(instance.ready_after, 3)
+        self.on_start(instance, True)
+        learned = self._learned.of(key)
+        learned.note_start(instance.engine.identity, instance.facts, instance.slots, instance.ready_after)
         stats = self._stats.profile(key)
         stats.load_seconds = instance.ready_after
         stats.start_seconds.observe(instance.ready_after)
@@ -369,11 +371,11 @@ class Pool:
             self._stats.profile(key).crashes_total += 1
             pause = self._troubles.note_crash(instance.profile, now)
             log.error("crashed", instance=instance.id, error=str(failure), next_start_in_seconds=pause)
-            if pause:
-                self._wake_later(key, pause)
+            self._wake_later(key, pause)
         else:
             self._stats.profile(key).start_failures_total += 1
             self.memory.forget(instance.profile)  # the file may be another one by now
+            self.on_start(instance, False)
             trouble, again = self._troubles.note_failed_start(instance.profile, failure, now)
             log.error(
                 "start failed",
@@ -382,16 +384,15 @@ class Pool:
                 attempt=trouble.failures,
                 next_try_in_seconds=again,
             )
-            if again is not None:
-                self._wake_later(key, again)
+            self._wake_later(key, again)
 
-    def _wake_later(self, key: str, pause: float) -> None:
-        if self._nursery is not None:
-            self._nursery.start_soon(self._wake_at, key, trio.current_time() + pause)
+    def _wake_later(self, key: str, pause: float | None) -> None:
+        async def wake(moment: float) -> None:
+            await trio.sleep_until(moment)
+            self.on_change(key)
 
-    async def _wake_at(self, key: str, moment: float) -> None:
-        await trio.sleep_until(moment)
-        self.on_change(key)
+        if pause and self._nursery is not None:
+            self._nursery.start_soon(wake, trio.current_time() + pause)
 
 
 _NONE: list[Instance] = []

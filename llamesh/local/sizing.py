@@ -68,6 +68,10 @@ class Size:
     source: str = "unknown"
     too_large: str = ""
 
+    def needed(self, *, on_cpu: bool) -> Need:
+        """With or without a GPU."""
+        return self.cpu_only if on_cpu and self.cpu_only is not None else self.need
+
 
 @dataclass(frozen=True, slots=True)
 class Limits:
@@ -110,15 +114,23 @@ class Sizing:
         # Of its own: threads that hang must not be taken from those who look at the sensors.
         self._threads = trio.CapacityLimiter(_LOOKS_AT_ONCE)
 
-    def argument_key(self, profile: Profile, context: int | None, devices: Sequence[Device]) -> str:
-        """Name of an exact argument list, on this engine and so many GPUs, in the learned values; no secrets
-        in it. `context`: the one that is passed where the profile names none.
+    def use_engine(self, engine: Engine) -> None:
+        """What is started from now on runs another engine: sizes are found out anew."""
+        if engine is not self._engine:
+            self._engine = engine
+            self._known.clear()
+
+    def argument_key(
+        self, profile: Profile, context: int | None, devices: Sequence[Device], engine: Engine | None = None
+    ) -> str:
+        """Name of an exact argument list, on an engine (the present one) and so many GPUs, in the learned
+        values; no secrets in it. `context`: the one that is passed where the profile names none.
         """
         words = redacted([*source_arguments(profile), *profile.arguments])
         if context is not None:
             words += ["-c", str(context)]
         gpus = len(visible_devices(devices, self._environ, profile.arguments).devices)
-        return "\x1f".join([self._engine.version, f"gpus={gpus}", *words])
+        return "\x1f".join([(engine or self._engine).identity, f"gpus={gpus}", *words])
 
     def of(self, profile: Profile, devices: Sequence[Device], limits: Limits) -> Size | None:
         """The size of `profile`; None while it isn't known yet: then `look`, and ask again."""

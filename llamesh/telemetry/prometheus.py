@@ -42,7 +42,9 @@ class Gauges:
 class NodeCollector(Collector):
     """Turns `NodeStats` into metric families. Label values come from the cookbook and from fixed sets."""
 
-    def __init__(self, stats: NodeStats, gauges: Callable[[], Gauges], info: dict[str, str]) -> None:
+    def __init__(
+        self, stats: NodeStats, gauges: Callable[[], Gauges], info: Callable[[], dict[str, str]]
+    ) -> None:
         self._stats = stats
         self._gauges = gauges
         self._info = info
@@ -54,7 +56,7 @@ class NodeCollector(Collector):
 
     def collect(self) -> Iterator[Metric]:
         """All families."""
-        yield InfoMetricFamily("llamesh_build", "Version, node and engine of this process", self._info)
+        yield InfoMetricFamily("llamesh_build", "Version, node and engine of this process", self._info())
         yield from self._requests()
         yield from self._profile_counters()
         yield from self._profile_histograms()
@@ -79,6 +81,13 @@ class NodeCollector(Collector):
         yield CounterMetricFamily(
             "llamesh_malformed_requests", "Bytes that were no HTTP request", value=self._stats.bad_heads
         )
+
+        builds = CounterMetricFamily(
+            "llamesh_engine_builds", "Builds of llama.cpp and looks for a newer one", labels=("outcome",)
+        )
+        for outcome, count in self._stats.builds.items():
+            builds.add_metric((outcome,), count)
+        yield builds
 
     def _profile_counters(self) -> Iterator[Metric]:
         counters: tuple[tuple[str, str, Callable[[ProfileStats], float]], ...] = (

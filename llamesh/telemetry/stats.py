@@ -100,6 +100,7 @@ class NodeStats:
     def __init__(self) -> None:
         self.profiles: dict[str, ProfileStats] = {}
         self.rejected: Counter[str] = Counter()  # error type -> requests that named no profile of ours
+        self.builds: Counter[str] = Counter()  # outcome -> builds of llama.cpp, and looks for a newer one
         self.connections = 0
         self.bad_heads = 0
         self.served_by: Counter[str] = Counter()

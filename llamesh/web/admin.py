@@ -29,6 +29,7 @@ from llamesh.errors import (
     UpstreamError,
     UpstreamTimeout,
 )
+from llamesh.local.builds.manager import BuildManager
 from llamesh.local.keeper import Keeper
 from llamesh.local.pool import Pool
 from llamesh.net.exchange import UpstreamBroken
@@ -73,7 +74,13 @@ class Administration:
     """The acts, each a method from the request's JSON object to status and answer. Raises LlameshError."""
 
     def __init__(
-        self, store: Store, pool: Pool, dispatch: Dispatch, prewarm: Prewarm, keeper: Keeper
+        self,
+        store: Store,
+        pool: Pool,
+        dispatch: Dispatch,
+        prewarm: Prewarm,
+        keeper: Keeper,
+        builds: BuildManager,
     ) -> None:
         self._store = store
         self._pool = pool
@@ -81,6 +88,7 @@ class Administration:
         self._prewarm = prewarm
         self._keeper = keeper
         self.mesh: Mesh | None = None
+        self._builds = builds
 
     async def prewarm(self, document: Document) -> Answer:
         """`{"model", "wait": true}`: load it; answers when it is ready, or at once with 202. With `"node"`
@@ -211,6 +219,16 @@ class Administration:
             "needs_restart": list(change.needs_restart),
         }
 
+    async def rebuild(self, document: Document) -> Answer:
+        """Look for a newer llama.cpp, build it and move over; answers at once. Raises Conflict."""
+        self._builds.request()
+        log.info("rebuild requested")
+        return 202, {"status": "started"}
+
+    async def builds(self, document: Document) -> Answer:
+        """What the build manager does, and what came of the last build."""
+        return 200, self._builds.document()
+
     def _wanted(self, document: Document) -> Profile:
         name = document.get("model")
         if not isinstance(name, str) or not name:
@@ -246,6 +264,8 @@ def routes_of(acts: Administration) -> dict[str, tuple[str, Act]]:
         "/admin/undrain": ("POST", acts.undrain),
         "/admin/pause": ("POST", acts.pause),
         "/admin/reload": ("POST", acts.reload),
+        "/admin/rebuild-llama": ("POST", acts.rebuild),
+        "/admin/builds": ("GET", acts.builds),
         # By the names of llama.cpp's router, and of llama-swap.
         "/models/load": ("POST", acts.load_one),
         "/models/unload": ("POST", acts.unload_one),

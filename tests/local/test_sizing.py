@@ -128,12 +128,26 @@ async def test_peaks_belong_to_the_exact_arguments_and_engine(tmp_path: Path, ti
         recipe(tiny_model.with_name("other.gguf"), "-c", "1024", "-np", "2"),
     ):
         assert (await house.look(other)).source != "measured"
-    for engine, devices in ((dataclasses.replace(SERVER, version="b2"), ()), (SERVER, (GPU,))):
+    others = ((dataclasses.replace(SERVER, version="b2"), ()), (SERVER, (GPU,)))
+    # Of one commit, with other arguments of cmake.
+    for engine, devices in (*others, (dataclasses.replace(SERVER, build="b1-cuda"), ())):
         elsewhere = House(tmp_path, engine, devices=devices)
         elsewhere.learned.peaks = house.learned.peaks
         assert (await elsewhere.look(profile)).source == "estimate"
     # A new name for the same thing is the same thing.
     assert (await house.look(dataclasses.replace(profile, model="n"))).source == "measured"
+
+
+async def test_with_another_engine_it_is_looked_anew(tmp_path: Path, tiny_model: Path) -> None:
+    house, profile = House(tmp_path), recipe(tiny_model, "-c", "1024", "-np", "2")
+    house.learn(profile, 1, 222)
+    assert (await house.look(profile)).source == "measured"
+    new = dataclasses.replace(SERVER, version="b2")
+    house.sizing.use_engine(new)
+    assert (await house.look(profile)).source == "estimate"
+    # What still runs on the old one is learned under its name.
+    old, now = (house.sizing.argument_key(profile, None, (), engine) for engine in (SERVER, new))
+    assert old != now == house.sizing.argument_key(profile, None, ())
 
 
 def test_no_secret_in_the_name_of_a_peak(tmp_path: Path) -> None:

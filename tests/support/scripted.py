@@ -172,6 +172,9 @@ class FakeMemory(Memory):
     def forget(self, profile: Profile) -> None:
         self._looked.discard(profile.key)
 
+    def use_engine(self, engine: Engine) -> None:
+        pass
+
     def budget(self) -> Budget:
         return Budget(
             self._current.settings.max_instances_per_node,
