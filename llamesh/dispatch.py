@@ -38,7 +38,7 @@ from llamesh.errors import (
     QueueTimeout,
     SpawnFailed,
 )
-from llamesh.lease import Ask, Lease, loading_info
+from llamesh.lease import Ask, Lease, downloading_info, loading_info
 from llamesh.local.instance import Instance
 from llamesh.local.launch import BadArguments
 from llamesh.local.pool import Pool
@@ -331,9 +331,9 @@ class Dispatch:
                         # It waits for something else now: whoever was to leave for it needn't.
                         pool.forgo(key)
                     break
-                case Refuse(reason):
+                case Refuse(reason, failed):
                     message = f"{key} can't run on node {self._node}: {reason}"
-                    line.tickets.popleft()._refuse(NoCapacity(message))
+                    line.tickets.popleft()._refuse((SpawnFailed if failed else NoCapacity)(message))
         self._forget_if_empty(line)
 
     def _is_hopeless(self, key: str) -> bool:
@@ -370,19 +370,21 @@ class Dispatch:
             return math.inf
         spent, looked = line.spent.get(ticket, (0.0, now))
         loading = self._loading(profile.key)
-        if loading is None or now - loading.last_progress > _PROGRESS_HOLDS:
+        moved = self._pool.weights.moved(profile) if loading is None else loading.last_progress
+        if now - moved > _PROGRESS_HOLDS:
             spent += now - looked
         line.spent[ticket] = (spent, now)
         if spent * 1000 >= limit:
-            extra = {}
-            if loading is not None:
-                extra["loading"] = self.loading_info(loading)
-            raise QueueTimeout(
-                f"{profile.key} on node {self._node}: no slot within {limit} ms ({self._describe(ticket)})",
-                extra=extra,
-            )
+            message = f"{profile.key} on node {self._node}: no slot within {limit} ms"
+            raise QueueTimeout(f"{message} ({self._describe(ticket)})", extra=self._awaited(profile, loading))
         # Never at once: while the clock stands still, what is left doesn't shrink.
         return min(_SLICE, max(limit / 1000 - spent, _SHORTEST))
+
+    def _awaited(self, profile: Profile, loading: Instance | None) -> dict[str, object]:
+        if loading is not None:
+            return {"loading": self.loading_info(loading)}
+        download = self._pool.weights.progress(profile)
+        return {"loading": downloading_info(profile, self._node, download)} if download else {}
 
     def loading_info(self, instance: Instance) -> dict[str, object]:
         """The `loading` member of a refusal."""
@@ -393,6 +395,8 @@ class Dispatch:
         loading = self._loading(key)
         if loading is not None:
             return f"loading {key} for {trio.current_time() - loading.created:.0f} s"
+        if (download := self._pool.weights.progress(ticket.ask.profile)) is not None:
+            return f"{download}, for {key}"
         line = ticket._line
         ahead = line.tickets.index(ticket) if ticket in line.tickets else 0
         if line.reason and line.reason != "queued":

@@ -26,6 +26,7 @@ __all__ = [
     "ModelPath",
     "Profile",
     "Source",
+    "UrlFile",
     "load_cookbook",
     "parse_cookbook",
 ]
@@ -48,7 +49,15 @@ class HubFile:
     file: str | None
 
 
-Source: TypeAlias = ModelPath | HubFile | FromArguments
+@dataclass(frozen=True, slots=True)
+class UrlFile:
+    """A GGUF file at an address, and the SHA-256 that it must have (lower case)."""
+
+    url: str
+    sha256: str
+
+
+Source: TypeAlias = ModelPath | HubFile | UrlFile | FromArguments
 
 
 @dataclass(frozen=True)
@@ -184,4 +193,6 @@ def _source(entry: ProfileEntry, in_arguments: tuple[FromArguments, ...], folder
         return ModelPath(str(folder / user_path(entry.model_path)))
     if entry.hf_repo is not None:
         return HubFile(entry.hf_repo, entry.hf_file)
+    if entry.url is not None:
+        return UrlFile(entry.url, entry.sha256 or "")  # the rules made sure that it has one
     return in_arguments[0]  # the rules made sure that there is exactly one source

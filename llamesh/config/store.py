@@ -39,6 +39,8 @@ RELOADABLE = frozenset(
     {
         "auth",
         "default_model",
+        "disk_budget_gb",
+        "keep_downloading",
         "max_hops",
         "max_instances_per_node",
         "max_sysmem_mb",

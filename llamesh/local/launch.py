@@ -22,7 +22,7 @@ from typing import Literal
 import trio
 
 import llamesh
-from llamesh.config.cookbook import FromArguments, HubFile, ModelPath, Profile
+from llamesh.config.cookbook import FromArguments, HubFile, ModelPath, Profile, UrlFile
 from llamesh.local.process import Child, Platform
 
 __all__ = [
@@ -338,6 +338,8 @@ def source_arguments(profile: Profile) -> tuple[str, ...]:
             return ("-m", path)
         case HubFile(repo, file):
             return ("--hf-repo", repo) if file is None else ("--hf-repo", repo, "--hf-file", file)
+        case UrlFile(url):
+            return ("--model-url", url)
         case FromArguments():
             return ()  # It stands among the profile's own arguments.
 

@@ -40,6 +40,7 @@ from llamesh.local.orphans import Ledger
 from llamesh.local.ports import Ports
 from llamesh.local.promises import Promises
 from llamesh.local.troubles import Trouble, Troubles
+from llamesh.local.weights import Weights, find_cache
 from llamesh.telemetry.learned import LearnedValues
 from llamesh.telemetry.logs import get_logger
 from llamesh.telemetry.stats import NodeStats
@@ -65,15 +66,19 @@ class Pool:
         stats: NodeStats,
         learned: LearnedValues,
         memory: Memory,
+        weights: Weights | None = None,
         *,
         instance_type: type[Instance] = Instance,
     ) -> None:
-        """`instance_type` is for tests."""
+        """`weights`: of the cache that the environment names, unless given; `instance_type` is for tests."""
         self.engine = engine
         self.memory = memory
         self.on_change: Callable[[str], None] = lambda key: None
         self.queue_length: Callable[[str], int] = lambda key: 0
         self.evictions: Counter[str] = Counter()  # by reason
+        self.weights = weights or Weights(current, find_cache(os.environ))
+        self.weights.attend(self)
+        memory.locate = self.weights.located
         self._current = current
         self._ports = ports
         self._ledger = ledger
@@ -127,12 +132,14 @@ class Pool:
         """May one more instance of `profile` start? Later, too, while its size isn't known yet."""
         if self._closed:
             return Later("the node is ending")
+        if self.max_instances(profile) and (lacking := self.weights.lacking(profile)) is not None:
+            return lacking
         size = self.memory.size(profile)
         if size is None:
             self._look(profile)
             return Later(f"reading the file of {profile.key}")
-        if size.too_large:
-            return Never(size.too_large)
+        if size.too_large or size.unreachable:
+            return Never(size.too_large or size.unreachable, failed=bool(size.unreachable))
         if len(self.instances(profile.key)) >= self.max_instances(profile):
             return Later("it has all the instances it may have")
         tenants = self.tenants()
@@ -201,11 +208,11 @@ class Pool:
         assert nursery is not None, "the pool isn't running"  # noqa: S101
         size = self.memory.size(profile)
         context = size.context if size is not None else None
-        number, key = fixed_port(profile), profile.key
+        number, key, here = fixed_port(profile), profile.key, self.weights.located(profile)
         port = self._ports.claim(number, user=key) if number else self._ports.reserve(user=key)
         try:
             launch = build_launch(
-                profile, self.engine, host="127.0.0.1", port=port.number, context=context, on_cpu=on_cpu
+                here, self.engine, host="127.0.0.1", port=port.number, context=context, on_cpu=on_cpu
             )
         except BadArguments:
             port.close()
@@ -218,7 +225,7 @@ class Pool:
             launch,
             port,
             slot_limit=self._current.settings.model_defaults.max_concurrent_requests_per_instance,
-            need=self._need(profile, on_cpu=on_cpu),
+            need=self.memory.need(profile, on_cpu=on_cpu),
             on_cpu=on_cpu,
             ledger=self._ledger,
             environment=os.environ,
@@ -228,14 +235,9 @@ class Pool:
         self._instances.setdefault(key, []).append(instance)
         self._stats.profile(key).starts_total += 1
         nursery.start_soon(instance.run)
+        self.weights.note_use(profile)
         self.forgo(key)
         return instance
-
-    def _need(self, profile: Profile, *, on_cpu: bool) -> Need:
-        size = self.memory.size(profile)
-        if size is None:
-            return Need()
-        return size.cpu_only if on_cpu and size.cpu_only is not None else size.need
 
     def drain(self, ids: tuple[str, ...], reason: str, *, cause: str, may_resume: bool = False) -> None:
         """Have these instances leave after their requests. `cause`: a word for the metrics."""
@@ -258,7 +260,7 @@ class Pool:
         started or `forgo` is called.
         """
         key = profile.key
-        self._promises.make(key, self._need(profile, on_cpu=on_cpu), ids)
+        self._promises.make(key, self.memory.need(profile, on_cpu=on_cpu), ids)
         self.drain(ids, f"room for {key}", cause="room", may_resume=True)
 
     def is_making_room(self, key: str) -> bool:
@@ -306,6 +308,7 @@ class Pool:
         """Own all instances. Cancelling it kills them; use `close` for a gentle end."""
         async with trio.open_nursery() as nursery:
             self._nursery = nursery
+            await nursery.start(self.weights.run)
             task_status.started()
             try:
                 await trio.sleep_forever()
@@ -344,12 +347,10 @@ class Pool:
     def _note_ready(self, instance: Instance) -> None:
         key = instance.profile.key
         self._troubles.note_ready(key)
-        learned, facts = self._learned.of(key), instance.facts
+        learned = self._learned.of(key)
         learned.n_slots = instance.slots
-        learned.n_ctx = facts.n_ctx or learned.n_ctx
-        learned.context_length = facts.n_ctx_slot or learned.context_length
-        learned.n_ctx_train = facts.n_ctx_train or learned.n_ctx_train
         learned.load_seconds = round(instance.ready_after, 3)
+        instance.facts.teach(learned)
         stats = self._stats.profile(key)
         stats.load_seconds = instance.ready_after
         stats.start_seconds.observe(instance.ready_after)
@@ -374,6 +375,7 @@ class Pool:
         else:
             self._stats.profile(key).start_failures_total += 1
             self.memory.forget(instance.profile)  # the file may be another one by now
+            self.weights.forget(instance.profile)
             trouble, again = self._troubles.note_failed_start(instance.profile, failure, now)
             log.error(
                 "start failed",

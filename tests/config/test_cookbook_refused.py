@@ -9,7 +9,7 @@ import pytest
 from llamesh.config.cookbook import load_cookbook
 from llamesh.config.problems import ConfigError
 
-ONE_SOURCE = "one of model_path, hf_repo, or a model flag (-m, -hf, ...) in llama_server_args"
+ONE_SOURCE = "one of model_path, hf_repo, url, or a model flag (-m, -hf, ...) in llama_server_args"
 ONCE = "each name or alias once, upper and lower case being the same"
 ONE_PROFILE = "at least one, usually with `id: default`"
 
