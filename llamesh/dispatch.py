@@ -38,7 +38,7 @@ from llamesh.errors import (
     QueueTimeout,
     SpawnFailed,
 )
-from llamesh.lease import Ask, Lease, downloading_info, loading_info
+from llamesh.lease import Ask, Lease, loading_info
 from llamesh.local.instance import Instance
 from llamesh.local.launch import BadArguments
 from llamesh.local.pool import Pool
@@ -376,15 +376,11 @@ class Dispatch:
         line.spent[ticket] = (spent, now)
         if spent * 1000 >= limit:
             message = f"{profile.key} on node {self._node}: no slot within {limit} ms"
-            raise QueueTimeout(f"{message} ({self._describe(ticket)})", extra=self._awaited(profile, loading))
+            coming = self.loading_info(loading) if loading else self._pool.weights.told(profile, self._node)
+            extra = {"loading": coming} if coming else {}
+            raise QueueTimeout(f"{message} ({self._describe(ticket)})", extra=extra)
         # Never at once: while the clock stands still, what is left doesn't shrink.
         return min(_SLICE, max(limit / 1000 - spent, _SHORTEST))
-
-    def _awaited(self, profile: Profile, loading: Instance | None) -> dict[str, object]:
-        if loading is not None:
-            return {"loading": self.loading_info(loading)}
-        download = self._pool.weights.progress(profile)
-        return {"loading": downloading_info(profile, self._node, download)} if download else {}
 
     def loading_info(self, instance: Instance) -> dict[str, object]:
         """The `loading` member of a refusal."""

@@ -9,7 +9,6 @@ import trio
 
 from llamesh.config.cookbook import Profile
 from llamesh.local.instance import Instance
-from llamesh.local.weights import Progress
 from llamesh.net.exchange import UpstreamConnection
 
 
@@ -73,8 +72,3 @@ def loading_info(instance: Instance, node: str, usual_seconds: float) -> dict[st
         info["progress"] = round(min(0.99, passed / usual_seconds), 2)
         info["eta_seconds"] = round(max(0.0, usual_seconds - passed), 1)
     return info
-
-
-def downloading_info(profile: Profile, node: str, progress: Progress) -> dict[str, object]:
-    """The same for those who waited for weights."""
-    return {"model": profile.public_name, "state": "downloading", "node": node, **progress.document()}

@@ -122,6 +122,16 @@ class Cookbook:
         """What `/v1/models` shows: every enabled profile, `max_instances: 0` included."""
         return self.profiles
 
+    def with_found(self, found: tuple[Profile, ...]) -> Cookbook:
+        """This cookbook and, after it, models that nobody wrote down. What is written wins: of a name, and
+        of a file.
+        """
+        taken = {profile.model.casefold() for profile in self.profiles}
+        taken |= {alias.casefold() for alias in self.aliases}
+        files = {profile.source for profile in self.profiles}
+        more = tuple(p for p in found if p.model.casefold() not in taken and p.source not in files)
+        return Cookbook((*self.profiles, *more), self.aliases) if more else self
+
     def _names(self) -> Iterator[tuple[str, Profile]]:
         also: dict[str, list[str]] = {}
         for alias, model in self.aliases.items():

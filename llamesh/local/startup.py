@@ -5,9 +5,11 @@ from __future__ import annotations
 import contextlib
 import re
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import psutil
+import trio
 
 from llamesh.telemetry.learned import Learned
 
@@ -97,6 +99,13 @@ class Progress:
             return amount >> 20
         except (psutil.Error, AttributeError):
             return -1
+
+
+async def file_exists(path: str, seconds: float) -> bool:
+    """Whether there is a file; one on a disk that doesn't answer for so long is left to the child."""
+    with trio.move_on_after(seconds):
+        return await trio.to_thread.run_sync(Path(path).exists, abandon_on_cancel=True)
+    return True
 
 
 def _dig(value: Any, *path: str | int) -> Any:

@@ -113,6 +113,15 @@ class Weights:
         progress = self.progress(profile)
         return progress.moved if progress is not None else -math.inf
 
+    def told(self, profile: Profile, node: str) -> dict[str, object] | None:
+        """The `loading` member of a refusal: {model, state, node, progress?, eta_seconds?}; None when
+        nothing is downloaded for the profile.
+        """
+        progress = self.progress(profile)
+        if progress is None:
+            return None
+        return {"model": profile.public_name, "state": "downloading", "node": node, **progress.document()}
+
     def failure(self, profile: Profile) -> WeightsError | None:
         """Why the last try to have the weights failed, while that holds."""
         wanted = wanted_of(profile)
