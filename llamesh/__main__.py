@@ -10,11 +10,14 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import llamesh
+from llamesh.model_commands import add_commands
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a node until it is told to end; the exit code: 0, or 1 for a bad file or a taken port."""
     options = _parser().parse_args(arguments)
+    if (model_command := getattr(options, "model_command", None)) is not None:
+        return int(model_command(options))
     if options.command is not None:
         return _tell(options)
     # Late: `--help` and a bad option are answered without importing the server.
@@ -102,7 +105,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--version", action="store_true", help="print this program's and the engine's version"
     )
-    commands = parser.add_subparsers(dest="command", metavar="COMMAND", title="commands to a running node")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", title="commands")
     pause = commands.add_parser(
         "pause",
         help="leave the machine to its owner for a while",
@@ -116,6 +119,7 @@ def _parser() -> argparse.ArgumentParser:
         metavar="TIME",
         help="how long: 90 (seconds), 30m, 2h; `off` ends it; nothing: until `off`",
     )
+    add_commands(commands, _add_files)
     # After the command, too; what stands before it counts unless it is said again.
     _add_files(pause, default=argparse.SUPPRESS)
     return parser

@@ -36,7 +36,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "web": _MIDDLE | {"dispatch", "lease"},
     "node": _TOP,
     "command": {"config"},
-    "__main__": _TOP | {"node", "command"},
+    "model_commands": _LOWER | {"local"},
+    "__main__": _TOP | {"node", "command", "model_commands"},
 }
 
 # Clocks, chance, files, sockets, processes, threads, logs: what makes one question get another answer.

@@ -35,7 +35,7 @@ PIECE_BYTES = 64 << 20
 
 # After so many failures in a row, each without a byte in between, it is over.
 TRIES = 6
-_FIRST_PAUSE = 0.5
+FIRST_PAUSE = 0.5
 _MOST_PAUSE = 15.0
 
 _JOURNAL_SECONDS = 2.0
@@ -58,7 +58,8 @@ class Download:
         expected: str,
         what: str,
         connections: int = CONNECTIONS,
-        first_pause: float = _FIRST_PAUSE,
+        piece: int = PIECE_BYTES,
+        first_pause: float = FIRST_PAUSE,
     ) -> None:
         """`make_digest`: a new digest, or one from a saved state; `expected`: what it must come to.
         `what` names the file in messages. The part is the caller's to close.
@@ -69,7 +70,8 @@ class Download:
         self._make_digest = make_digest
         self._expected = expected
         self._what = what
-        self._connections = connections if part.size >= PARALLEL_BYTES else 1
+        self._connections = connections if part.size >= min(PARALLEL_BYTES, 4 * piece) else 1
+        self._piece = piece
         self._first_pause = first_pause
         self._changed = threading.Condition()
         self._hash_lock = threading.Lock()
@@ -88,7 +90,7 @@ class Download:
         Raises WeightsError, and Stopped after `stop`. What came stays for the next time, unless it is wrong.
         """
         part = self._part
-        self._pieces.extend(pieces(part.ranges.gaps(part.size), PIECE_BYTES))
+        self._pieces.extend(pieces(part.ranges.gaps(part.size), self._piece))
         count = min(self._connections, max(1, len(self._pieces)))
         threads = [self._thread(self._hash, "hash")]
         threads += [self._thread(self._fetch_pieces, f"fetch-{number}") for number in range(count)]

@@ -26,7 +26,7 @@ from llamesh.config.model_names import split_repo
 from llamesh.core.model_files import Choice, NoSuchModel, RemoteFile, choose
 from llamesh.local.weights import digest
 from llamesh.local.weights.cache import Cache, Record, Stored
-from llamesh.local.weights.download import CONNECTIONS, Download
+from llamesh.local.weights.download import CONNECTIONS, FIRST_PAUSE, Download
 from llamesh.local.weights.errors import (
     DiskFull,
     NotFound,
@@ -82,15 +82,17 @@ class Fetcher:
         make_room: Callable[[int], None] = lambda size: None,
         context: ssl.SSLContext | None = None,
         connections: int = CONNECTIONS,
+        first_pause: float = FIRST_PAUSE,
         free: Callable[[Path], int] = lambda folder: shutil.disk_usage(folder).free,
     ) -> None:
         """`make_room(bytes)` is called in a thread before that much is fetched, and may raise WeightsError;
-        `free` and `context` are for tests.
+        the rest is for tests.
         """
         self.cache = cache
         self._make_room = make_room
         self._context = context
         self._connections = connections
+        self._first_pause = first_pause
         self._free = free
 
     async def look(self, wanted: Wanted) -> Record | None:
@@ -238,7 +240,13 @@ class Fetcher:
 
         source = job.source()
         download = Download(
-            source, part, make_digest, expected=file.digest, what=progress.name, connections=self._connections
+            source,
+            part,
+            make_digest,
+            expected=file.digest,
+            what=progress.name,
+            connections=self._connections,
+            first_pause=self._first_pause,
         )
         started, ended = threading.Event(), threading.Event()
 

@@ -1,6 +1,4 @@
-"""SHA-256 of files on this disk: worked out when somebody asks, and remembered while the file stays the
-same.
-"""
+"""SHA-256 of files on this disk: worked out when asked for, remembered while the file stays the same."""
 
 from __future__ import annotations
 
