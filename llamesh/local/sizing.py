@@ -86,6 +86,7 @@ class _Known:
     size: Size
     path: str | None
     stamp: Stamp | None
+    blind: bool = False  # the file didn't answer
 
 
 class _Visit:
@@ -135,7 +136,10 @@ class Sizing:
             vram, source = profile.estimated_vram_mb, "cookbook"
         if profile.estimated_sysmem_mb is not None:
             sysmem, source = profile.estimated_sysmem_mb, "cookbook"
-        return replace(size, need=Need(vram, sysmem), source=source)
+        unreachable = ""
+        if known.path is not None and self._hangs(known.path):
+            unreachable = f"{known.path} doesn't answer: is it on a network disk that is away?"
+        return replace(size, need=Need(vram, sysmem), source=source, unreachable=unreachable)
 
     async def look(self, profile: Profile, devices: Sequence[Device], limits: Limits) -> None:
         """Read what is needed for `of`. Never raises for what is in a file; returns within seconds."""
@@ -146,7 +150,7 @@ class Sizing:
         visible = visible_devices(devices, self._environ, profile.arguments).devices
         has_gpu = bool(visible) and self._engine.origin != "embedded"
         path = model_file(profile)
-        size, stamp = Size(Need()), None
+        size, stamp, blind = Size(Need()), None, False
         if path is not None:
 
             def visit(at: _Visit) -> tuple[Size, Stamp | None]:
@@ -155,13 +159,11 @@ class Sizing:
 
             found = None if self._hangs(path) else await self._visit(visit)
             if found is None:
-                where = f"{path} doesn't answer: is it on a network disk that is away?"
-                if known is None or not known.size.unreachable:
-                    log.warning("the model's file doesn't answer", profile=profile.key, path=path)
-                size = Size(Need(), unreachable=where)
+                log.warning("the model's file doesn't answer; its size is unknown", profile=profile.key)
+                blind = True
             else:
                 size, stamp = found
-        self._known[profile.key] = _Known(key, size, path, stamp)
+        self._known[profile.key] = _Known(key, size, path, stamp, blind)
 
     def forget(self, profile: Profile) -> None:
         """Look anew next time: the file may have changed."""
@@ -192,7 +194,7 @@ class Sizing:
         return (profile.source, profile.arguments, given, uuids, limits)
 
     def _answers_again(self, known: _Known) -> bool:
-        return bool(known.size.unreachable) and known.path is not None and not self._hangs(known.path)
+        return known.blind and known.path is not None and not self._hangs(known.path)
 
     def _hangs(self, path: str) -> bool:
         visit = self._hanging.get(path)

@@ -64,7 +64,7 @@ class Download:
         """`make_digest`: a new digest, or one from a saved state; `expected`: what it must come to.
         `what` names the file in messages. The part is the caller's to close.
         """
-        self.have = part.ranges.total
+        self.have = self._saved = part.ranges.total
         self._source = source
         self._part = part
         self._make_digest = make_digest
@@ -128,19 +128,18 @@ class Download:
     # The thread of `run`.
 
     def _keep_journal(self) -> None:
-        saved, due = self.have, time.monotonic() + _JOURNAL_SECONDS
+        due = time.monotonic() + _JOURNAL_SECONDS
         try:
             while not self._halt.is_set() and not self._is_whole():
                 self._over.wait(max(0.0, due - time.monotonic()))
                 if time.monotonic() >= due:
-                    if self.have != saved:
-                        saved = self.have
+                    if self.have != self._saved:
                         self._save()
                     due = time.monotonic() + _JOURNAL_SECONDS
         except WeightsError as error:
             self._fail(error)
         finally:
-            if self.have != saved and not self._is_whole():
+            if self.have != self._saved and not self._is_whole():
                 with suppress(WeightsError):
                     self._save()
 
@@ -149,7 +148,7 @@ class Download:
         with self._hash_lock:
             hashed, state = self._digest.size, self._digest.save()
         with self._changed:
-            ranges = list(self._part.ranges)
+            ranges, self._saved = list(self._part.ranges), self.have
         self._part.save(ranges, hashed, state)
 
     def _is_whole(self) -> bool:
@@ -161,6 +160,12 @@ class Download:
         channel = self._source.channel()
         with self._changed:
             self._channels.append(channel)
+        try:
+            self._fetch_on(channel)
+        finally:
+            channel.close()
+
+    def _fetch_on(self, channel: Channel) -> None:
         buffer = memoryview(bytearray(_LARGEST_READ))
         while (piece := self._next_piece()) is not None:
             at = piece[0]

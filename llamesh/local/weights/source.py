@@ -28,6 +28,9 @@ class Channel(Protocol):
         The body before must have been read to its end, or closed.
         """
 
+    def close(self) -> None:
+        """Idempotent; by the thread that opens."""
+
     def cut(self) -> None:
         """Have whatever blocks on this channel fail at once; from any thread. Idempotent."""
 

@@ -166,7 +166,7 @@ class WebChannel:
             raise self._failed(response.status, response.headers)
         found = _CONTENT_RANGE.fullmatch(response.getheader("Content-Range") or "")
         size = int(found[3]) if found and response.status == 206 else response.length
-        self.drop()
+        self.close()
         if size is None or not 0 < size <= _LARGEST_FILE:
             raise WrongContent(f"{source.what}: {source.name} doesn't say how long it is")
         return size
@@ -179,8 +179,8 @@ class WebChannel:
                 with contextlib.suppress(OSError):
                     self._connection.sock.shutdown(socket.SHUT_RDWR)
 
-    def drop(self) -> None:
-        """Close the connection: what comes on it is of no use any more."""
+    def close(self) -> None:
+        """Also when what comes on the connection is of no use any more: the next `open` makes another."""
         with self._lock:
             connection, self._connection = self._connection, None
         if connection is not None:
@@ -200,7 +200,7 @@ class WebChannel:
                     source.note_location(url)
                 return response
             target = response.getheader("Location") or ""
-            self.drop()
+            self.close()
             url = self._follow(url, target)
         raise Hostile(f"{source.what}: {source.name} sends us in circles")
 
@@ -228,7 +228,7 @@ class WebChannel:
             if fresh:
                 raise
         # A connection that was kept may have been closed by the other side at any moment.
-        self.drop()
+        self.close()
         self._connect(url)
         return self._send(url, start, end)
 
@@ -237,7 +237,7 @@ class WebChannel:
         to = _origin(url)
         if self._connection is not None and self._to == to:
             return False
-        self.drop()
+        self.close()
         host = to[1]
         connection = self._source.connection(url)
         try:
@@ -265,7 +265,7 @@ class WebChannel:
             self._connection.request("GET", target, headers=headers)
             return self._connection.getresponse()
         except (OSError, http.client.HTTPException, ValueError) as error:
-            self.drop()
+            self.close()
             raise Unreachable(f"{self._source.what}: {url.hostname} {_broke(error)}") from None
 
     def _body(self, response: http.client.HTTPResponse, start: int, end: int) -> WebBody:
@@ -285,19 +285,19 @@ class WebChannel:
                 raise self._refused(f"is {response.length} bytes long there, not {source.size}")
             if (start, end) != (0, source.size):
                 source.ranges = False
-                self.drop()
+                self.close()
                 raise WholeOnly(f"{source.what}: {source.name} sends whole files only")
             return WebBody(self, response, source.size)
         raise self._failed(status, response.headers)
 
     def _refused(self, words: str) -> WrongContent:
-        self.drop()
+        self.close()
         return WrongContent(f"{self._source.what} {words}")
 
     def _failed(self, status: int, headers: http.client.HTTPMessage) -> WeightsError:
         source, what, host = self._source, self._source.what, self._to[1] if self._to else self._source.name
         home = source.is_home(self._to)
-        self.drop()
+        self.close()
         if home and source.refusal is not None and status in (401, 403, 404, 410):
             return source.refusal(status, headers.get("X-Error-Code") or "")
         if status in (401, 403):
@@ -331,7 +331,7 @@ class WebBody:
             raise Unreachable(f"{what}: {host} {_broke(error)}") from None
         if not count:
             left, self._left = self._left, 0
-            self._channel.drop()
+            self._channel.close()
             raise Unreachable(f"{what}: {host} broke off, {left} bytes before the end")
         self._left -= count
         if not self._left:
@@ -339,7 +339,7 @@ class WebBody:
                 self._response.close()  # read to its end: the connection can be used again
             else:
                 # There may be more: whatever that is, it isn't an answer to the next question.
-                self._channel.drop()
+                self._channel.close()
         return count
 
     def _take(self, buffer: memoryview) -> int:
@@ -351,7 +351,7 @@ class WebBody:
     def close(self) -> None:
         if self._left:
             self._left = 0
-            self._channel.drop()
+            self._channel.close()
 
 
 def _origin(url: SplitResult) -> tuple[str, str, int]:

@@ -53,6 +53,9 @@ class Played:
             most = self.trouble(start, end)
         return PlayedBody(self, start, end, most)
 
+    def close(self) -> None:
+        pass
+
     def cut(self) -> None:
         self.cut_off.set()
 
@@ -186,9 +189,7 @@ def test_the_hash_of_what_was_there_isnt_read_again(tmp_path: Path) -> None:
 def test_other_content_than_promised_is_thrown_away(tmp_path: Path) -> None:
     wrong = bytearray(CONTENT)
     wrong[5 * PIECE] ^= 1
-    with pytest.raises(
-        WrongContent, match=r"the model isn't what it should be: its hash is \w{64}, not \w"
-    ):
+    with pytest.raises(WrongContent, match=r"the model isn't what it should be: its hash is \w{64}, not \w"):
         run(download(tmp_path, Played(bytes(wrong)), connections=3))
     assert list(tmp_path.iterdir()) == []
 

@@ -36,7 +36,7 @@ def fetch(source: WebSource, start: int = 0, end: int = SIZE) -> bytes:
     try:
         return take(channel.open(start, end))
     finally:
-        channel.drop()
+        channel.close()
 
 
 def take(body: object) -> bytes:
@@ -51,7 +51,7 @@ def test_ranges_come_over_one_connection_and_the_redirect_is_followed_once(hub: 
     channel = source.channel()
     for start, end in ((0, 10), (10, 100_000), (SIZE - 1, SIZE)):
         assert take(channel.open(start, end)) == CONTENT[start:end]
-    channel.drop()
+    channel.close()
     assert len(hub.asked("hub")) == 1
     assert [one.range for one in hub.asked("store")] == [
         "bytes=0-9",
@@ -71,7 +71,7 @@ def test_an_address_that_expired_is_asked_for_anew(hub: Hub) -> None:
     channel = source_of(hub).channel()
     assert take(channel.open(0, 10)) == CONTENT[:10]
     assert take(channel.open(10, 20)) == CONTENT[10:20]
-    channel.drop()
+    channel.close()
     assert len(hub.asked("hub")) == 2
 
 
@@ -138,7 +138,7 @@ def test_cut_from_elsewhere_it_ends_at_once(hub: Hub) -> None:
         take(body)
     with pytest.raises(Unreachable):
         channel.open(0, 1)
-    channel.drop()
+    channel.close()
 
 
 @pytest.fixture
