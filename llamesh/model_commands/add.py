@@ -54,8 +54,11 @@ def add_to(path: Path, name: str, named: Named, arguments: str) -> None:
     if before.find(name) is not None:
         raise Failed(f"{path} has a model {name} already: give another name with --name")
     changed = _with_entry(text, _entry(name, named, arguments, target.parent))
-    after = _parse(changed, target)
-    if after.profiles[:-1] != before.profiles or after.find(name) != after.profiles[-1]:
+    try:
+        after = _parse(changed, target)
+    except ConfigError:
+        after = Cookbook()
+    if not after.profiles or after.profiles[:-1] != before.profiles or after.find(name) != after.profiles[-1]:
         raise Failed(f"{path} isn't written in a way that a model can be appended to: add it by hand")
     _write(target, changed)
 

@@ -39,11 +39,7 @@ def pull(options: argparse.Namespace) -> int:
     if not wishes:
         say("nothing to fetch: no model of the cookbook comes from a hub or an address")
         return 0
-    try:
-        return trio.run(_fetch_all, settings, wishes)
-    except KeyboardInterrupt:
-        fail("stopped; what has come stays, and the next time goes on from there")
-        return 128 + signal.SIGINT
+    return trio.run(_fetch_until_told, settings, wishes)
 
 
 def find(cookbook: Cookbook, name: str) -> list[Wanted]:
@@ -61,6 +57,26 @@ def find(cookbook: Cookbook, name: str) -> list[Wanted]:
     except BadName as error:
         raise Failed(str(error)) from None
     return [Wanted(HubFile(name, None), projector=True)]
+
+
+async def _fetch_until_told(settings: Settings, wishes: list[Wanted]) -> int:
+    """Fetch until all is there, or a signal comes."""
+    code = 0
+    with trio.open_signal_receiver(signal.SIGINT, signal.SIGTERM) as signals:
+        async with trio.open_nursery() as nursery:
+
+            async def listen() -> None:
+                nonlocal code
+                async for number in signals:
+                    code = 128 + number
+                    nursery.cancel_scope.cancel()
+
+            nursery.start_soon(listen)
+            code = await _fetch_all(settings, wishes)
+            nursery.cancel_scope.cancel()
+    if code >= 128:
+        fail("stopped; what has come stays, and the next time goes on from there")
+    return code
 
 
 async def _fetch_all(settings: Settings, wishes: list[Wanted]) -> int:
