@@ -6,6 +6,7 @@ import json
 import os
 import re
 import signal
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -24,8 +25,8 @@ from tests.end_to_end.cookbooks import (
     events_of,
     wait_document,
 )
-from tests.support.hub import Hub, running_hub
-from tests.support.node import running_node, wait_until
+from tests.support.hub import Hub, digest_of, running_hub
+from tests.support.node import clean_environment, running_node, wait_until
 
 FILE = "tiny-Q4_K_M.gguf"
 REPO = "someone/tiny-GGUF"
@@ -199,3 +200,43 @@ async def test_offline_the_cache_serves_and_nobody_is_asked(tmp_path: Path, hub:
         assert reply.status_code == 503
         assert "HF_HUB_OFFLINE forbids" in error_of(reply)["message"]
     assert len(hub.seen) == before
+
+
+async def test_a_file_at_an_address(tmp_path: Path, hub: Hub, tiny_model: Path) -> None:
+    hub.add("plain/x", {"web.gguf": tiny_model.read_bytes()})
+    arguments = "-c 1024 -np 1 -t 1"
+    good = {"id": "default", "url": f"{hub.store_url}/plain/x/web.gguf", "llama_server_args": arguments}
+    good["sha256"] = digest_of(tiny_model)
+    wrong = {**good, "sha256": "0" * 64}
+    env = environment(hub, tmp_path / "hf")
+    async with running_node(tmp_path / "node", cookbook(web=good, wrong=wrong), env=env) as node:
+        assert len(await ask_well(node, "web")) == 5
+        reply = await ask(node, "wrong")
+        assert reply.status_code == 503
+        assert "isn't what it should be" in error_of(reply)["message"]
+
+
+async def test_every_file_of_a_folder_is_a_model(tmp_path: Path, hub: Hub, tiny_model: Path) -> None:
+    models = tmp_path / "models"
+    models.mkdir()
+    settings = {"models_dir": str(models), "default_model": "one"}
+    env = environment(hub, tmp_path / "hf")
+    async with running_node(tmp_path / "node", "models: []", settings, env=env) as node:
+        for name in ("one", "two"):
+            os.link(tiny_model, models / f"{name}.gguf")
+            path = f"/v1/models/{name}"
+            await wait_document(node, path, lambda d: "error" not in d)
+            assert len(await ask_well(node, name)) == 5
+        (models / "one.gguf").unlink()
+        await wait_document(node, "/v1/models", lambda d: [one["id"] for one in d["data"]] == ["two"])
+
+
+async def test_a_model_that_was_added_is_served_within_moments(tmp_path: Path, hub: Hub) -> None:
+    env = environment(hub, tmp_path / "hf")
+    async with running_node(tmp_path / "node", "models: []", env=env) as node:
+        cookbook_path = tmp_path / "node" / "cookbook.yaml"
+        words = ["add", f"{REPO}:Q4_K_M", "--cookbook", str(cookbook_path), "--args=-c 1024 -np 1 -t 1"]
+        command = [sys.executable, "-m", "llamesh", *words]
+        await trio.run_process(command, env=clean_environment(env), capture_stdout=True)
+        await wait_document(node, "/v1/models/tiny", lambda d: "error" not in d)
+        assert len(await ask_well(node)) == 5

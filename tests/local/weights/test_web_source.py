@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
+import socket
+import socketserver
 import ssl
+import threading
 from collections.abc import Iterator
 from datetime import timedelta
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import pytest
 from cryptography.hazmat.primitives.asymmetric import ec
@@ -169,6 +174,65 @@ def test_no_redirect_leads_out_of_https(tls: tuple[ssl.SSLContext, ssl.SSLContex
         with pytest.raises(Hostile, match="redirects to plain http at localhost, which isn't followed"):
             fetch(source_of(hub, context=tls[1]))
         assert plain.seen == []
+
+
+class Proxy(socketserver.ThreadingTCPServer):
+    """Does CONNECT, and notes to where."""
+
+    daemon_threads, block_on_close = True, False
+
+    def __init__(self) -> None:
+        self.asked: list[str] = []
+        super().__init__(("127.0.0.1", 0), Tunnel)
+
+
+class Tunnel(socketserver.StreamRequestHandler):
+    server: Proxy
+
+    def handle(self) -> None:
+        asked = self.rfile.readline().decode().strip()
+        self.server.asked.append(asked)
+        while (line := self.rfile.readline().strip()) and line:
+            if line.lower().startswith(b"proxy-authorization"):
+                self.server.asked.append(line.decode())
+        host, port = asked.split()[1].rsplit(":", 1)
+        with socket.create_connection((host, int(port))) as there:
+            self.wfile.write(b"HTTP/1.1 200 OK\r\n\r\n")
+            pump = threading.Thread(target=copy, args=(there, self.connection), daemon=True)
+            pump.start()
+            copy(self.connection, there)
+            pump.join(20)
+
+
+def copy(source: socket.socket, target: socket.socket) -> None:
+    with contextlib.suppress(OSError):
+        while data := source.recv(65536):
+            target.sendall(data)
+        target.shutdown(socket.SHUT_WR)
+
+
+def test_https_through_the_system_s_proxy(
+    tls: tuple[ssl.SSLContext, ssl.SSLContext], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    proxy = Proxy()
+    threading.Thread(target=proxy.serve_forever, args=(0.05,), daemon=True).start()
+    try:
+        for name in ("no_proxy", "NO_PROXY", "HTTPS_PROXY"):
+            monkeypatch.delenv(name, raising=False)
+        monkeypatch.setenv("https_proxy", f"http://me:pass%21@127.0.0.1:{proxy.server_address[1]}")
+        with running_hub(tls[0]) as hub:
+            hub.add("o/n", {FILE: CONTENT})
+            assert fetch(source_of(hub, context=tls[1])) == CONTENT
+            port = urlsplit(hub.url).port
+            assert proxy.asked[0] == f"CONNECT 127.0.0.1:{port} HTTP/1.0"
+            assert proxy.asked[1] == "Proxy-Authorization: Basic bWU6cGFzcyE="
+            monkeypatch.setenv("no_proxy", "127.0.0.1,localhost")
+            asked = len(proxy.asked)
+            assert fetch(source_of(hub, context=tls[1])) == CONTENT
+            assert len(proxy.asked) == asked
+    finally:
+        proxy.shutdown()
+        proxy.server_close()
 
 
 def test_a_certificate_that_nobody_vouches_for(tls: tuple[ssl.SSLContext, ssl.SSLContext]) -> None:
