@@ -21,7 +21,7 @@ from typing import Any, NoReturn
 import psutil
 
 import llamesh
-from benchmarks import rows_process, rows_traffic
+from benchmarks import rows_mesh, rows_process, rows_traffic
 from benchmarks.build import HERE, BenchError, build
 from benchmarks.measure import Bench, Plan, Result, say
 from tests.support.tiny_model import write_tiny_model
@@ -35,19 +35,34 @@ ROWS: dict[str, Row] = {
     "paced": rows_traffic.paced,
     "cold": rows_process.cold_start,
     "memory": rows_process.memory,
+    "mesh_requests": rows_mesh.requests,
+    "mesh_paced": rows_mesh.paced,
+    "mesh_events": rows_mesh.events,
+    "mesh_spread": rows_mesh.spread,
+    "mesh_idle": rows_mesh.idle,
 }
+
+# For `--only`: several rows by one name.
+GROUPS = {"mesh": [name for name in ROWS if name.startswith("mesh_")]}
 
 
 def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
     parser.add_argument("--quick", action="store_true", help="short rounds: a smoke test, not a measurement")
+    names = [*ROWS, *GROUPS]
     parser.add_argument(
-        "--only", action="append", choices=list(ROWS), metavar="ROW", help=f"one of {', '.join(ROWS)}"
+        "--only", action="append", choices=names, metavar="ROW", help=f"one of {', '.join(names)}"
     )
     parser.add_argument(
         "--json", type=Path, metavar="PATH", help="where to write (default: benchmarks/results/)"
     )
     return parser.parse_args(argv)
+
+
+def _chosen(only: Sequence[str] | None) -> list[str]:
+    """The rows that `--only` names, in their usual order; all when it names none."""
+    wanted = {row for name in only or ROWS for row in GROUPS.get(name, [name])}
+    return [name for name in ROWS if name in wanted]
 
 
 def _engine() -> Path | None:
@@ -137,9 +152,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         models = Path(scratch, "models")
         models.mkdir()
         model = write_tiny_model(models / "bench.gguf")
-        for name in ROWS:
-            if options.only and name not in options.only:
-                continue
+        for name in _chosen(options.only):
             folder = Path(scratch, name)
             folder.mkdir()
             plan = Plan.quick() if options.quick else Plan.full()

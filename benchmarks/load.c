@@ -267,7 +267,7 @@ static void print_samples(const char *name, struct samples *s) {
     qsort(s->values, s->count, sizeof *s->values, ascending);
     printf(",\"%s\":{\"count\":%zu", name, s->count);
     static const struct { const char *name; double at; } points[] = {
-        {"min", 0}, {"p50", 0.5}, {"p90", 0.9}, {"p99", 0.99}, {"max", 1}};
+        {"min", 0}, {"p50", 0.5}, {"p90", 0.9}, {"p95", 0.95}, {"p99", 0.99}, {"max", 1}};
     for (size_t i = 0; i < sizeof points / sizeof *points; i++)
         printf(",\"%s\":%.4f", points[i].name, s->values[(size_t)(points[i].at * (double)(s->count - 1) + 0.5)]);
     printf("}");

@@ -80,9 +80,9 @@ def say(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
-def load(tools: Tools, mode: str, port: int, **options: Any) -> Report:
+def load(tools: Tools, mode: str, port: int, *, model: str = MODEL, **options: Any) -> Report:
     """Run the load generator. `burst=True` is a bare flag, other options are `--name value`."""
-    argv = [str(tools.load), mode, "--port", str(port), "--model", MODEL]
+    argv = [str(tools.load), mode, "--port", str(port), "--model", model]
     for name, value in options.items():
         flag = "--" + name.replace("_", "-")
         argv += [flag] if value is True else [flag, str(value)]

@@ -171,11 +171,15 @@ def start_node(
     flags: Sequence[str] = ENGINE_FLAGS,
     idle_seconds: float = 0,
     cluster: bool = False,
+    models: Sequence[str] = (MODEL,),
+    settings: Mapping[str, Any] | None = None,
+    variables: Mapping[str, str] | None = None,
 ) -> Server:
-    """A llamesh node on the default configuration, with one model named `bench`.
+    """A llamesh node on the default configuration, with one model named `bench`, or with `models`.
 
     `engine` is the llama-server (or mock) that it starts on demand. With `cluster` the mesh is on, seen
-    on loopback only, with a key store of its own.
+    on loopback only, with a key store of its own. `settings` are first-level keys of config.yaml that
+    replace those here, `variables` more of the environment.
     """
     home = folder / name
     home.mkdir()
@@ -191,6 +195,7 @@ def start_node(
             "discovery": {"interfaces": ["127.0.0.1"]},
             "noise": {"config_dir": str(home / "keys")},
         }
+    config |= settings or {}
     profile = {
         "id": "default",
         "model_path": str(model),
@@ -199,9 +204,11 @@ def start_node(
     }
     # JSON is YAML too.
     (home / "config.yaml").write_text(json.dumps(config))
-    (home / "cookbook.yaml").write_text(json.dumps({"models": [{"name": MODEL, "profiles": [profile]}]}))
+    cookbook = {"models": [{"name": model_name, "profiles": [profile]} for model_name in models]}
+    (home / "cookbook.yaml").write_text(json.dumps(cookbook))
     environ = {key: value for key, value in os.environ.items() if not key.startswith("LLAMESH_")}
     environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(HERE.parent), environ.get("PYTHONPATH", "")]))
+    environ |= variables or {}
     command = [sys.executable, "-m", "llamesh", "--config", "config.yaml", "--cookbook", "cookbook.yaml"]
     log = home / "node.log"
     process = launch(stack, log, command, environ)

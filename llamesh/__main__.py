@@ -1,10 +1,12 @@
-"""The command line: `llamesh --config PATH --cookbook PATH [--secrets PATH]` runs a node, and
-`llamesh pause [TIME]` has a running one leave the machine to its owner."""
+"""The command line: `llamesh --config PATH --cookbook PATH [--secrets PATH]` runs a node; `llamesh
+pause [TIME]` has a running one leave the machine to its owner; `token`, `key`, `invite` and `join` make
+several machines a mesh."""
 
 from __future__ import annotations
 
 import argparse
 import os
+import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,7 +21,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if (model_command := getattr(options, "model_command", None)) is not None:
         return int(model_command(options))
     if options.command is not None:
-        return _tell(options)
+        return _command(options)
     # Late: `--help` and a bad option are answered without importing the server.
     import trio
 
@@ -66,9 +68,31 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return serve(store, engine)
 
 
-def _tell(options: argparse.Namespace) -> int:
-    """Do a command that talks to a running node."""
-    from llamesh.command import pause
+def _command(options: argparse.Namespace) -> int:
+    """Do what isn't running a node; the exit code."""
+    from llamesh.mesh.key_files import IdentityError
+
+    try:
+        return _join(options) if options.command == "join" else _with_settings(options)
+    except IdentityError as error:
+        sys.stderr.write(f"llamesh: {error}\n")
+        return 1
+    except KeyboardInterrupt:
+        return 128 + signal.SIGINT
+
+
+def _join(options: argparse.Namespace) -> int:
+    from llamesh.commands.join import Files, join
+
+    files = Files(
+        options.config or Path("config.yaml"),
+        options.secrets or Path("secrets.yaml"),
+        secrets_required=options.secrets is not None,
+    )
+    return join(options.line, files, os.environ, options.force)
+
+
+def _with_settings(options: argparse.Namespace) -> int:
     from llamesh.config.problems import ConfigError
     from llamesh.config.settings import load_settings
 
@@ -83,7 +107,20 @@ def _tell(options: argparse.Namespace) -> int:
     except ConfigError as error:
         sys.stderr.write(f"{error}\n")
         return 1
-    return pause(settings, options.time, os.environ)
+    match options.command:
+        case "pause":
+            from llamesh.command import pause
+
+            return pause(settings, options.time, os.environ)
+        case "invite":
+            from llamesh.commands.invite import invite
+
+            return invite(settings, os.environ)
+        case _:
+            from llamesh.commands import keys
+
+            show = keys.token if options.command == "token" else keys.key
+            return show(settings, os.environ, options.rotate)
 
 
 def _seconds(text: str) -> float:
@@ -108,7 +145,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", title="commands")
     pause = commands.add_parser(
         "pause",
-        help="leave the machine to its owner for a while",
+        help="have the running node leave the machine to its owner for a while",
         description="Has the node end its instances and take no requests. The node is the one of the "
         "configuration's listen_addr; a key comes from LLAMESH_API_KEY or from that configuration.",
     )
@@ -119,10 +156,46 @@ def _parser() -> argparse.ArgumentParser:
         metavar="TIME",
         help="how long: 90 (seconds), 30m, 2h; `off` ends it; nothing: until `off`",
     )
-    add_commands(commands, _add_files)
+    add_commands(commands)
+    _add_mesh_commands(commands)
     # After the command, too; what stands before it counts unless it is said again.
-    _add_files(pause, default=argparse.SUPPRESS)
+    for command in commands.choices.values():
+        _add_files(command, default=argparse.SUPPRESS)
     return parser
+
+
+def _add_mesh_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    token = commands.add_parser(
+        "token",
+        help="print the cluster token, the secret that all nodes of a mesh share",
+        description="Prints the cluster token, and makes one where there is none.",
+    )
+    key = commands.add_parser(
+        "key",
+        help="print this node's public key",
+        description="Prints this node's public key as cluster.noise.allowed_keys of other nodes takes it.",
+    )
+    for command in (token, key):
+        command.add_argument(
+            "--rotate", action="store_true", help="make a new one; the former one is accepted for a while"
+        )
+    commands.add_parser(
+        "invite",
+        help="print one line that lets another machine join",
+        description="Prints a line for `llamesh join`: where this node is, its public key, and the cluster "
+        "token. The line is a secret.",
+    )
+    join = commands.add_parser(
+        "join",
+        help="make this machine's node a part of the mesh that an invitation comes from",
+        description="Takes over the token and the key of an invitation, sets cluster.enabled and "
+        "cluster.peers in the configuration, and looks whether the mesh can be reached. Exit code 3: all is "
+        "set up, but nobody was reached.",
+    )
+    join.add_argument(
+        "line", metavar="LINE", help="what `llamesh invite` printed; `-` asks for it or reads it"
+    )
+    join.add_argument("--force", action="store_true", help="replace another token or key that is here")
 
 
 def _add_files(parser: argparse.ArgumentParser, default: str | None = None) -> None:

@@ -9,12 +9,13 @@ A second signal, whenever it comes, skips what is left of that: instances are ki
 
 from __future__ import annotations
 
+import os
 import signal
 import socket
 import sys
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from typing import cast
+from typing import TYPE_CHECKING, cast
 
 import trio
 
@@ -45,6 +46,9 @@ from llamesh.web.pages import Pages
 from llamesh.web.prewarm import Prewarm
 from llamesh.web.slow_lane import HypercornLane
 
+if TYPE_CHECKING:
+    from llamesh.cluster import Cluster, Member
+
 log = get_logger("node")
 
 # Learned values are written this often, when they changed.
@@ -57,7 +61,8 @@ _LAST_SECONDS = 15.0
 class Node:
     """One node of the mesh."""
 
-    def __init__(self, store: Store, engine: Engine) -> None:
+    def __init__(self, store: Store, engine: Engine, member: Member | None = None) -> None:
+        """`member`: who this node is in the mesh, None where it is alone."""
         self.store = store
         current = store.current
         settings = self.settings = current.settings  # those that need a restart
@@ -94,6 +99,21 @@ class Node:
         store.on_problem = self._report
         slow = HypercornLane(Application(self.gateway, cast(Asgi, app)), settings)
         self.lane = FastLane(self.gateway, self.pages.fast, slow)
+        self.cluster: Cluster | None = None
+        if member is not None:
+            # The mesh's libraries cost megabytes that a node alone needn't pay for.
+            from llamesh.cluster import Cluster
+
+            self.cluster = Cluster(
+                current,
+                member,
+                self.pool,
+                self.dispatch,
+                self.learned,
+                self.pages,
+                self.lane,
+                administration,
+            )
 
     def _apply(self, change: Change) -> None:
         """The files have changed, and `store.current` with them."""
@@ -120,15 +140,17 @@ class Node:
         for problem in error.problems[: ConfigError.SHOWN]:
             log.error("a file was changed and has a mistake; the old one stays", problem=str(problem))
 
-    async def run(self, sockets: list[socket.socket]) -> None:
-        """Serve on listening sockets until a signal, then end in order."""
+    async def run(self, sockets: list[socket.socket], peer_sockets: list[socket.socket]) -> None:
+        """Serve on listening sockets until a signal, then end in order. `peer_sockets`: for peers alone."""
         self.learned.load()
         swept = self.ledger.sweep()
         if swept.killed:
             log.warning("ended children of an earlier life", pids=list(swept.killed))
         for warning in swept.warnings:
             log.warning("looking for children of an earlier life", problem=warning)
-        listener = Listener(sockets, self.lane)
+        cluster = self.cluster
+        serve_peer = cluster.lane.serve_alone if cluster is not None else None
+        listener = Listener(sockets, self.lane, peer_sockets, serve_peer)
         async with _signals() as signals, trio.open_nursery() as root:
             await root.start(self.pool.run)
             await root.start(self.prewarm.serve)
@@ -141,8 +163,12 @@ class Node:
             root.start_soon(listener.run)
             root.start_soon(self._save_now_and_then)
             self._announce(sockets)
+            if cluster is not None:
+                root.start_soon(cluster.run, peer_sockets or sockets, self.pages.address)
             await anext(signals)
             await self._shut_down(signals, listener)
+            if cluster is not None:
+                await cluster.mesh.leave()
             root.cancel_scope.cancel()
         self._learn_speeds()
         self.learned.save()
@@ -252,5 +278,21 @@ def serve(store: Store, engine: Engine) -> int:
             f"set listen_addr to a free address (port 0 takes any)\n"
         )
         return 1
-    trio.run(Node(store, engine).run, sockets)
+    peer_sockets: list[socket.socket] = []
+    member: Member | None = None
+    if settings.cluster.enabled:
+        from llamesh.cluster import IdentityError, load_member
+
+        own = settings.cluster.listen_addr
+        try:
+            member = load_member(settings, os.environ)
+            peer_sockets = bind(own.host, own.port) if own is not None else []
+        except IdentityError as error:
+            sys.stderr.write(f"llamesh: {error}\n")
+            return 1
+        except OSError as error:
+            reason = error.strerror or str(error)
+            sys.stderr.write(f"llamesh: can't listen on cluster.listen_addr {own}: {reason}\n")
+            return 1
+    trio.run(Node(store, engine, member).run, sockets, peer_sockets)
     return 0

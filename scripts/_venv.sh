@@ -55,7 +55,7 @@ _venv_wants() {
 }
 
 ready_venv() {
-    local level=$1 wanted target=. stamp
+    local level=$1 wanted target=. stamp quiet=(--quiet)
     if ! { _new_enough .venv/bin/python && .venv/bin/python -c 'import pip' 2>/dev/null; }; then
         say "making .venv"
         make_venv .venv
@@ -64,9 +64,10 @@ ready_venv() {
     for stamp in .venv/.llamesh-"$level" .venv/.llamesh-test; do # what tests need includes what running needs
         [ -f "$stamp" ] && [ "$(cat "$stamp")" = "$wanted" ] && return
     done
-    [ "$level" = test ] && target='.[test]'
+    # Tests run where somebody reads logs; who runs the program wants to see the program.
+    [ "$level" = test ] && target='.[test]' && quiet=()
     say "installing into .venv (a minute or two the first time)"
-    .venv/bin/python -m pip install --disable-pip-version-check -e "$target" -c constraints.txt >&2 ||
+    .venv/bin/python -m pip install ${quiet[@]+"${quiet[@]}"} --disable-pip-version-check -e "$target" -c constraints.txt >&2 ||
         fail "pip could not install; the reason is above. Run this again when it is put right: what was fetched is kept"
     printf '%s\n' "$wanted" >".venv/.llamesh-$level"
 }

@@ -54,6 +54,7 @@ models:
 def main() -> int:
     parser = argparse.ArgumentParser(prog="scripts/demo", description=__doc__)
     parser.add_argument("--once", action="store_true", help="end after the answer")
+    parser.add_argument("--mesh", action="store_true", help="three nodes, one of which dies on the way")
     parser.add_argument("--ask", default=QUESTION, metavar="TEXT", help="what to ask (default: %(default)s)")
     options = parser.parse_args()
     # A closed terminal and `kill` end the demo as Ctrl-C does: the node is stopped, nothing is left running.
@@ -61,6 +62,10 @@ def main() -> int:
         signal.signal(number, _interrupt)
     try:
         model = fetch_model()
+        if options.mesh:
+            import demo_mesh
+
+            return demo_mesh.main(model, once=options.once)
         with running_node(model) as (process, address):
             ask(address, options.ask)
             if options.once:
@@ -265,4 +270,6 @@ def stop(process: subprocess.Popen[bytes]) -> None:
 
 
 if __name__ == "__main__":
+    # demo_mesh uses the functions of this module, and must get this one, not a second copy of it.
+    sys.modules["demo"] = sys.modules["__main__"]
     sys.exit(main())

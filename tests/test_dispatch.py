@@ -177,7 +177,7 @@ async def test_the_clock_goes_on_when_loading_hangs(autojump_clock: MockClock) -
 async def test_a_guess_isnt_made_up(autojump_clock: MockClock) -> None:
     async with world() as here:
         with here.dispatch.join(ask(M)) as ticket:
-            assert here.dispatch.loading_info(here.instance(M)).keys() == {"model", "state", "node"}
+            assert here.dispatch.patience.loading_info(here.instance(M)).keys() == {"model", "state", "node"}
             await trio.sleep(0.6)
             assert ticket.waiting_for == "loading m:default for 1 s"
 

@@ -20,7 +20,7 @@ MAX_LINES = 400
 
 _LOWER = {"core", "config", "errors", "telemetry", "net"}
 _MIDDLE = _LOWER | {"local", "mesh"}
-_TOP = _MIDDLE | {"dispatch", "lease", "web"}
+_TOP = _MIDDLE | {"dispatch", "web"}
 # A part is a folder or a file directly in the package; it may import itself and these.
 MAY_IMPORT: dict[str, set[str]] = {
     "__init__": set(),
@@ -31,13 +31,14 @@ MAY_IMPORT: dict[str, set[str]] = {
     "telemetry": {"config", "errors"},
     "local": _LOWER,
     "mesh": _LOWER,
-    "lease": _MIDDLE,
-    "dispatch": _MIDDLE | {"lease"},
-    "web": _MIDDLE | {"dispatch", "lease"},
-    "node": _TOP,
+    "dispatch": _MIDDLE,
+    "web": _MIDDLE | {"dispatch"},
+    "cluster": _TOP,
+    "node": _TOP | {"cluster"},
     "command": {"config"},
+    "commands": {"config", "core", "errors", "mesh", "net", "telemetry"},
     "model_commands": _LOWER | {"local"},
-    "__main__": _TOP | {"node", "command", "model_commands"},
+    "__main__": _TOP | {"node", "command", "commands", "model_commands"},
 }
 
 # Clocks, chance, files, sockets, processes, threads, logs: what makes one question get another answer.

@@ -20,6 +20,7 @@ from llamesh.config.yaml_source import Document, read_yaml
 
 __all__ = [
     "Cookbook",
+    "Elsewhere",
     "FromArguments",
     "HubFile",
     "Kind",
@@ -57,7 +58,12 @@ class UrlFile:
     sha256: str
 
 
-Source: TypeAlias = ModelPath | HubFile | UrlFile | FromArguments
+@dataclass(frozen=True, slots=True)
+class Elsewhere:
+    """Other nodes of the mesh have it, this one doesn't. Never in a cookbook."""
+
+
+Source: TypeAlias = ModelPath | HubFile | UrlFile | FromArguments | Elsewhere
 
 
 @dataclass(frozen=True)
@@ -117,6 +123,11 @@ class Cookbook:
         is none, or when it is switched off.
         """
         return self._by_name.get(name.casefold())
+
+    def aliases_of(self, model: str) -> tuple[str, ...]:
+        """Other names of a model, as written."""
+        name = model.casefold()
+        return tuple(alias for alias, of in self.aliases.items() if of.casefold() == name)
 
     def listed(self) -> tuple[Profile, ...]:
         """What `/v1/models` shows: every enabled profile, `max_instances: 0` included."""

@@ -6,9 +6,9 @@ from llamesh.config.settings import Settings
 
 
 def without_effect(settings: Settings) -> tuple[str, ...]:
-    """The dotted names of switches that are on and do nothing: there is one node, and no builds."""
+    """The dotted names of switches that do nothing: no builds are made, and links are always encrypted."""
     switches = {
-        "cluster.enabled": settings.cluster.enabled,
+        "cluster.noise.enabled": not settings.cluster.noise.enabled,
         "llama_cpp.enabled": settings.llama_cpp.enabled,
     }
     return tuple(name for name, on in switches.items() if on)

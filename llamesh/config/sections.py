@@ -9,12 +9,12 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import AfterValidator, BeforeValidator, Field, SecretStr, model_validator
 
+from llamesh.config.peers import StaticPeerEntry
 from llamesh.config.problems import Finding, shown
 from llamesh.config.tls import certificate_findings
 from llamesh.config.values import (
     Count,
     ListenAddress,
-    PeerAddress,
     Port,
     Positive,
     PositiveSeconds,
@@ -31,6 +31,9 @@ from llamesh.config.values import (
 _HEADER = re.compile(r"[A-Za-z0-9!#$%&'*+.^_`|~-]+")
 _ORIGIN = re.compile(r"\*|[A-Za-z][A-Za-z0-9+.-]*://[^/\s]+")
 _SHA256 = re.compile(r"[0-9a-fA-F]{64}")
+
+# RFC 6335, 5.1: 15 characters at most, a letter among them, no hyphen at an end or beside another.
+_SERVICE = re.compile(r"_(?=[^.]{1,15}\.)(?=[^.]*[A-Za-z])[A-Za-z0-9]+(-[A-Za-z0-9]+)*\._(tcp|udp)\.local\.?")
 
 
 def _git_word(value: str) -> str:
@@ -69,7 +72,7 @@ def _noise_key(value: str) -> str:
 
 
 def _service_name(value: str) -> str:
-    if not re.fullmatch(r"_[A-Za-z0-9-]{1,15}\._(tcp|udp)\.local\.?", value):
+    if not _SERVICE.fullmatch(value):
         raise reject(f"not a service type: {shown(value)}", "such as _llama-mesh._tcp.local")
     return value
 
@@ -195,7 +198,7 @@ class Cluster(Section):
     """Other nodes. Times are seconds, fractions allowed."""
 
     enabled: bool = False
-    peers: tuple[PeerAddress, ...] = ()
+    peers: tuple[StaticPeerEntry, ...] = ()
     gossip_interval_seconds: PositiveSeconds = 1.0
     max_concurrent_gossip: Positive = 16
     version_mismatch_action: Literal["warn", "reject_major", "reject_any"] = "warn"

@@ -29,6 +29,7 @@ from llamesh.config.values import (
     Address,
     Count,
     ListenAddress,
+    NodeId,
     Positive,
     Seconds,
     Section,
@@ -43,19 +44,11 @@ from llamesh.config.yaml_source import read_yaml
 
 __all__ = ["Address", "Settings", "default_node_id", "load_settings"]
 
-_NODE_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
-
 
 def default_node_id() -> str:
     """This machine's host name, cut to what a node id may hold."""
     name = re.sub(r"[^A-Za-z0-9._-]+", "-", socket.gethostname()).strip("-")
     return name[:64] or "node"
-
-
-def _node_id(value: str) -> str:
-    if not _NODE_ID.fullmatch(value):
-        raise reject(f"not a node id: {shown(value)}", "1 to 64 letters, digits, `.`, `_` or `-`")
-    return value
 
 
 def _model_name(value: str) -> str:
@@ -85,7 +78,7 @@ class Settings(Section):
     `max_vram_mb` and `max_sysmem_mb` means that the node measures, 0 that it may use none.
     """
 
-    node_id: Annotated[str, AfterValidator(_node_id)] = Field(default_factory=default_node_id)
+    node_id: NodeId = Field(default_factory=default_node_id)
     listen_addr: ListenAddress = Address("127.0.0.1", 8080)
     public_url: Url | None = None
     max_vram_mb: Count | None = None

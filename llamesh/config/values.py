@@ -27,6 +27,7 @@ from llamesh.config.problems import Finding, shown
 
 # Beyond it JSON readers lose digits; no count, size or duration here comes near.
 _LARGEST = 2**53
+_NODE_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
 _LABELS = re.compile(r"(?!-)[A-Za-z0-9_-]{1,63}(?<!-)(\.(?!-)[A-Za-z0-9_-]{1,63}(?<!-))*\.?")
 
 
@@ -115,11 +116,24 @@ def _address(value: Any) -> Address:
         raise reject(f"not an address: {shown(value)}: {error}", hint) from None
 
 
-def _peer(value: Any) -> Address:
+def peer_address(value: Any) -> Address:
+    """Read where a peer listens: an address whose port isn't 0. Raises what `reject` makes."""
     address = _address(value)
     if address.port == 0:
         raise reject(f"port 0 in {shown(str(address))}", "the port that the peer listens on")
     return address
+
+
+def is_node_id(text: str) -> bool:
+    """Whether a node may be called so: 1 to 64 letters, digits, `.`, `_` or `-`."""
+    return _NODE_ID.fullmatch(text) is not None
+
+
+def node_id(value: str) -> str:
+    """`value` itself when it is a node id. Raises what `reject` makes."""
+    if not is_node_id(value):
+        raise reject(f"not a node id: {shown(value)}", "1 to 64 letters, digits, `.`, `_` or `-`")
+    return value
 
 
 def _url(value: str) -> str:
@@ -191,5 +205,5 @@ Text = Annotated[str, AfterValidator(_text)]
 Url = Annotated[str, AfterValidator(_text), AfterValidator(_url)]
 UserPath = Annotated[Path, PlainValidator(_path)]
 ListenAddress = Annotated[Address, PlainValidator(_address), PlainSerializer(str)]
-PeerAddress = Annotated[Address, PlainValidator(_peer), PlainSerializer(str)]
+NodeId = Annotated[str, AfterValidator(node_id)]
 TextOrList = Annotated[tuple[Text, ...], BeforeValidator(_listed)]

@@ -22,7 +22,7 @@ from typing import Literal
 import trio
 
 import llamesh
-from llamesh.config.cookbook import FromArguments, HubFile, ModelPath, Profile, UrlFile
+from llamesh.config.cookbook import Elsewhere, FromArguments, HubFile, ModelPath, Profile, UrlFile
 from llamesh.local.process import Child, Platform
 
 __all__ = [
@@ -342,6 +342,8 @@ def source_arguments(profile: Profile) -> tuple[str, ...]:
             return ("--model-url", url)
         case FromArguments():
             return ()  # It stands among the profile's own arguments.
+        case Elsewhere():
+            raise BadArguments(f"{profile.key} isn't in the cookbook of this node")
 
 
 def _canonical(name: str) -> str:

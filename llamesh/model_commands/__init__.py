@@ -18,21 +18,21 @@ _Commands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
 _MODEL = "OWNER/NAME[:QUANTISATION] on the hub, or the path of a GGUF file, or an https address"
 
 
-def add_commands(commands: _Commands, add_files: Callable[..., None]) -> None:
-    """Add the commands to `llamesh`'s. `add_files` adds --config and --secrets to a parser.
+def add_commands(commands: _Commands) -> None:
+    """Add the commands to `llamesh`'s, which gives each of them --config and --secrets.
 
     The parsed options have `model_command`: call it with them, and it returns the exit code.
     """
-    init = _parser(commands, add_files, "init", "write config.yaml and cookbook.yaml for this machine", _init)
+    init = _parser(commands, "init", "write config.yaml and cookbook.yaml for this machine", _init)
     init.add_argument("model", nargs="?", metavar="MODEL", help=f"a first model: {_MODEL}")
     init.add_argument("--models-dir", type=Path, metavar="PATH", help="serve every GGUF file in this folder")
     _about_profile(init)
 
-    add = _parser(commands, add_files, "add", "add a model to the cookbook", _add)
+    add = _parser(commands, "add", "add a model to the cookbook", _add)
     add.add_argument("model", metavar="MODEL", help=_MODEL)
     _about_profile(add)
 
-    pull = _parser(commands, add_files, "pull", "fetch the weights of models now", _pull)
+    pull = _parser(commands, "pull", "fetch the weights of models now", _pull)
     pull.add_argument(
         "models",
         nargs="*",
@@ -40,11 +40,11 @@ def add_commands(commands: _Commands, add_files: Callable[..., None]) -> None:
         help="OWNER/NAME[:QUANTISATION], or a model of the cookbook; nothing: all of the cookbook",
     )
 
-    models = _parser(commands, add_files, "models", "show which models are on this disk", _models)
+    models = _parser(commands, "models", "show which models are on this disk", _models)
     models.add_argument("--hash", action="store_true", help="work out hashes that aren't known yet")
     models.add_argument("--json", action="store_true", help="print JSON")
 
-    rm = _parser(commands, add_files, "rm", "remove downloaded weights from this disk", _rm)
+    rm = _parser(commands, "rm", "remove downloaded weights from this disk", _rm)
     rm.add_argument(
         "models", nargs="+", metavar="MODEL", help="as `llamesh models` names it, or of the cookbook"
     )
@@ -53,13 +53,11 @@ def add_commands(commands: _Commands, add_files: Callable[..., None]) -> None:
 
 def _parser(
     commands: _Commands,
-    add_files: Callable[..., None],
     name: str,
     text: str,
     run: Callable[[argparse.Namespace], int],
 ) -> argparse.ArgumentParser:
     parser = commands.add_parser(name, help=text, description=f"{text[0].upper()}{text[1:]}.")
-    add_files(parser, default=argparse.SUPPRESS)
     parser.add_argument(
         "--cookbook", type=Path, metavar="PATH", default=argparse.SUPPRESS, help="models (cookbook.yaml)"
     )

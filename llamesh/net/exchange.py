@@ -20,6 +20,7 @@ import re
 from collections.abc import Callable, Sequence
 
 import httptools
+import trio
 
 from llamesh.net.transport import Transport
 
@@ -27,6 +28,9 @@ from llamesh.net.transport import Transport
 MAX_HEAD = 65_536
 
 Headers = list[tuple[bytes, bytes]]
+
+# The connection broke, or its owner closed it because the whole upstream is gone.
+_LOST = (OSError, trio.ClosedResourceError)
 
 
 class UpstreamBroken(Exception):
@@ -141,9 +145,10 @@ class UpstreamConnection:
 
     __slots__ = ("_transport", "idle_limit", "idle_since", "on_interim", "response", "served")
 
-    def __init__(self, transport: Transport) -> None:
+    def __init__(self, transport: Transport, *, parked: bool = False) -> None:
+        """`parked`: it was open for a while, so its first request may find it closed, as a later one may."""
         self._transport = transport
-        self.served = 0
+        self.served = int(parked)
         self.idle_since = 0.0
         self.idle_limit = _DEFAULT_IDLE_SECONDS
         self.on_interim: Callable[[int, Headers], None] | None = None
@@ -162,7 +167,7 @@ class UpstreamConnection:
             await self._transport.send(head)
             for part in body:
                 await self._transport.send(part)
-        except OSError as error:
+        except _LOST as error:
             raise UpstreamBroken(f"connection lost while sending: {error}", started=False) from error
 
     async def read(self) -> None:
@@ -171,7 +176,7 @@ class UpstreamConnection:
         started = response.received > 0
         try:
             data = await self._transport.receive()
-        except OSError as error:
+        except _LOST as error:
             raise UpstreamBroken(f"connection lost: {error}", started=started) from error
         if not data:
             if response.ends_with_connection:

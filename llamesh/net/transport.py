@@ -103,8 +103,12 @@ async def connect(host: str, port: int) -> SocketTransport:
     sock = socket.socket(family, socket.SOCK_STREAM)
     try:
         sock.setblocking(False)
+        # A link-local IPv6 address has a scope behind a %, which only the resolver makes a number of.
+        address = (
+            socket.getaddrinfo(host, port, flags=socket.AI_NUMERICHOST)[0][4] if "%" in host else (host, port)
+        )
         try:
-            sock.connect((host, port))
+            sock.connect(address)
         except BlockingIOError:
             await _wait_writable(sock)
             error = sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)

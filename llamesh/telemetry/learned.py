@@ -43,6 +43,7 @@ class Learned(msgspec.Struct, omit_defaults=True):
     n_slots: _Count = 0
     load_seconds: _Amount = 0.0
     tokens_per_second: _Amount = 0.0
+    speeds: dict[str, _Amount] = {}  # of requests and their parts, see core.speeds
 
 
 class Peak(msgspec.Struct):

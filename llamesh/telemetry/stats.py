@@ -49,6 +49,7 @@ class Usage:
     cached_tokens: int = 0
     completion_tokens: int = 0
     predicted_ms: float = 0.0
+    prompt_ms: float = 0.0
 
 
 @dataclass(slots=True)

@@ -4,21 +4,28 @@ from __future__ import annotations
 
 import math
 from collections.abc import Awaitable, Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+import msgspec
 import trio
 from quart_trio import QuartTrio
 
 from llamesh.config.cookbook import Profile
 from llamesh.config.problems import ConfigError
 from llamesh.config.store import Store
+from llamesh.core.cost import Features
 from llamesh.core.lifecycle import State
+from llamesh.core.routing import route
 from llamesh.dispatch import Dispatch
-from llamesh.errors import InvalidRequest, ModelNotFound
+from llamesh.errors import InvalidRequest, ModelNotFound, NoCapacity, UpstreamError
 from llamesh.local.keeper import Keeper
 from llamesh.local.pool import Pool
+from llamesh.net.exchange import UpstreamBroken
 from llamesh.telemetry.logs import get_logger
 from llamesh.web.prewarm import Prewarm
+
+if TYPE_CHECKING:
+    from llamesh.mesh.mesh import Mesh
 
 log = get_logger("admin")
 
@@ -31,6 +38,9 @@ Act = Callable[[Document], Awaitable[Answer]]
 
 # States in which an instance can be told to leave.
 _THERE = (State.STARTING, State.READY, State.DRAINING)
+
+# The longest load that anybody waits for over the mesh.
+_PREWARM_SECONDS = 3600.0
 
 _FOREVER_SECONDS = 100 * 365 * 86400
 
@@ -46,14 +56,54 @@ class Administration:
         self._dispatch = dispatch
         self._prewarm = prewarm
         self._keeper = keeper
+        self.mesh: Mesh | None = None
 
     async def prewarm(self, document: Document) -> Answer:
-        """`{"model", "wait": true}`: load it; answers when it is ready, or at once with 202."""
+        """`{"model", "wait": true}`: load it; answers when it is ready, or at once with 202. With `"node"`
+        there; a model that only peers have is loaded at one of them.
+        """
         wait = document.get("wait", True)
         if not isinstance(wait, bool):
             raise InvalidRequest("`wait` must be true or false", param="wait")
+        node = self._node_for(document)
+        if node is not None:
+            return await self._ask_peer(node, document)
         outcome = await self._prewarm.run(self._wanted(document), wait=wait)
         return (200 if outcome["status"] == "loaded" else 202), outcome
+
+    def _node_for(self, document: Document) -> str | None:
+        """The peer that is to load it, None for this node."""
+        current, node = self._store.current, document.get("node")
+        if node is not None and not isinstance(node, str):
+            raise InvalidRequest("`node` must be the id of a node, see GET /cluster/nodes", param="node")
+        if node == current.settings.node_id:
+            return None
+        if node is not None:
+            return node
+        name = document.get("model")
+        if self.mesh is None or not isinstance(name, str) or current.cookbook.find(name) is not None:
+            return None
+        profile = self.mesh.peers.find(name)
+        if profile is None:
+            return None
+        choice = route(None, self.mesh.peers.outlooks(profile.key, ()), Features())
+        if not choice.node:
+            raise NoCapacity(f"{profile.key}: {self.mesh.peers.explain(profile.key) or 'no node has it'}")
+        return choice.node
+
+    async def _ask_peer(self, node: str, document: Document) -> Answer:
+        peer = self.mesh.peers.get(node) if self.mesh is not None else None
+        if peer is None or not peer.alive:
+            raise InvalidRequest(f"there is no node {node[:64]!r} in the mesh now", param="node")
+        from llamesh.mesh.calls import call
+
+        body = msgspec.json.encode({name: value for name, value in document.items() if name != "node"})
+        try:
+            status, data = await call(peer.links, "POST", "/mesh/prewarm", body, seconds=_PREWARM_SECONDS)
+            answer = msgspec.json.decode(data, type=dict[str, Any])
+        except (UpstreamBroken, msgspec.MsgspecError, UnicodeDecodeError) as error:
+            raise UpstreamError(f"node {node} didn't take the prewarm: {error}") from None
+        return status, {**answer, "node": node}
 
     async def load_one(self, document: Document) -> Answer:
         """The same as llama.cpp's router says it: it answers at once, and with `success`."""

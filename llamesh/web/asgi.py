@@ -11,12 +11,12 @@ import trio
 
 from llamesh.errors import InvalidRequest, LlameshError, RequestTimeout, RequestTooLarge
 from llamesh.net.exchange import Headers
+from llamesh.web.answer import Inbound
 from llamesh.web.body import Body
 from llamesh.web.cors import Cors
 from llamesh.web.gateway import Gateway
 from llamesh.web.headers import request_id
 from llamesh.web.openai import ROUTES, Route
-from llamesh.web.relay import Inbound
 from llamesh.web.slow_lane import ReplayStream
 
 Scope = dict[str, Any]

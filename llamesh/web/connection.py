@@ -18,23 +18,27 @@ import socket
 
 import trio
 
+from llamesh.dispatch.lease import AT_HOME, Travel
 from llamesh.errors import HeadersTooLarge, InvalidRequest, LlameshError, RequestTimeout, RequestTooLarge
 from llamesh.net.exchange import Headers
 from llamesh.net.heads import BadRequest, ChunkDecoder, RequestHead, find_head, parse_head
-from llamesh.net.transport import SocketTransport
+from llamesh.net.transport import SocketTransport, Transport
 from llamesh.telemetry.logs import get_logger
+from llamesh.web.answer import Inbound
 from llamesh.web.body import Body
 from llamesh.web.headers import request_id, response_head
+from llamesh.web.http_sink import HttpSink
 from llamesh.web.lane import Lane
 from llamesh.web.openai import ROUTES, Route
-from llamesh.web.relay import Inbound
 
 log = get_logger("http")
 
 _LINE_END = (b"\r", b"\n")
-_PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
 
-_BODILESS = (204, 304)
+# The first byte of a peer's encrypted connection; no HTTP begins with it.
+NOISE = b"\0"
+
+_PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
 
 # After an answer to a request whose body wasn't read: read on for this long, so that the client
 # gets to see the answer instead of a reset (it is still sending).
@@ -42,40 +46,33 @@ _LINGER_SECONDS = 2.0
 _LINGER_BYTES = 4 << 20
 
 
-class Connection:
+class Connection(HttpSink):
     """One client connection. As a `Sink` it is the response to its present request."""
 
     __slots__ = (
-        "_chunked",
-        "_cors",
         "_handed_over",
-        "_keep_alive",
-        "_lane",
+        "_idle_seconds",
+        "_inbound",
         "_left",
-        "_pending",
         "_reason",
         "_scope",
-        "_transport",
+        "_sock",
         "_unread",
         "_working",
-        "deadline",
-        "started",
     )
 
-    def __init__(self, sock: socket.socket, lane: Lane) -> None:
-        self._transport = SocketTransport(sock)
-        self._lane = lane
+    def __init__(self, transport: Transport, sock: socket.socket, lane: Lane) -> None:
+        """`sock`: the one below `transport`, to see its client leave."""
+        super().__init__(transport, lane)
+        self._sock = sock
         self._scope = trio.CancelScope()
         self._unread = b""
         self._left = False
         self._working = False  # a request is being answered: its client's leaving ends it
-        self._keep_alive = True
         self._handed_over = False
         self._reason: LlameshError | None = None
-        self._pending = b""
-        self._chunked = False
-        self._cors: Headers = []  # what answers say about the request's origin
-        self.started = False
+        self._idle_seconds = lane.idle_seconds
+        self._inbound: Inbound | None = None  # the request that is being answered
         self.deadline = trio.current_time() + lane.first_byte_seconds
 
     async def run(self) -> None:
@@ -83,7 +80,7 @@ class Connection:
         lane, transport = self._lane, self._transport
         lane.gateway.stats.connections += 1
         lane.sweep.add(self)
-        lane.hangups.add(transport.sock, self._client_left)
+        lane.hangups.add(self._sock, self._client_left)
         try:
             with self._scope:
                 while await self._one_request():
@@ -113,7 +110,7 @@ class Connection:
     def _unwatch(self) -> None:
         self._lane.sweep.discard(self)
         if not self._transport.closed:
-            self._lane.hangups.remove(self._transport.sock)
+            self._lane.hangups.remove(self._sock)
 
     # Requests.
 
@@ -125,7 +122,7 @@ class Connection:
             size = await self._read_head()
             if size == 0:
                 return False
-            if size < 0:  # HTTP/2
+            if size < 0:  # HTTP/2, or Noise
                 return await self._hand_over()
             head = parse_head(self._unread[:size])
         except BadRequest as error:
@@ -138,14 +135,18 @@ class Connection:
         if head.version != "1.1" or head.upgrade:
             return await self._hand_over()
         if route is None:
-            page = lane.pages(head.path, head.headers) if self._is_plain_get(head) else None
-            if page is None:
-                return await self._hand_over()
-            self._unread = self._unread[size:]
-            await self._answer_page(page, head)
-            return self._keep_alive
+            return await self._answer_other(head, size)
         self._unread = self._unread[size:]
         await self._infer(head, route)
+        return self._keep_alive
+
+    async def _answer_other(self, head: RequestHead, size: int) -> bool:
+        """Answer what isn't inference. False when the connection is done with."""
+        page = self._lane.pages(head.path, head.headers) if self._is_plain_get(head) else None
+        if page is None:
+            return await self._hand_over()
+        self._unread = self._unread[size:]
+        await self._answer_page(page, head)
         return self._keep_alive
 
     @staticmethod
@@ -153,13 +154,17 @@ class Connection:
         return head.method in (b"GET", b"HEAD") and not head.chunked and not head.length
 
     async def _read_head(self) -> int:
-        """Length of the next request's head in `_unread`; 0 at the end of the stream, -1 for HTTP/2."""
+        """Length of the next request's head in `_unread`; 0 at the end of the stream, -1 for what isn't for
+        this lane: HTTP/2, a peer.
+        """
         waiting = trio.current_time()
         while True:
             if self._unread[:1] in _LINE_END:
                 # RFC 9112, 2.2: an empty line before a request is harmless.
                 self._unread = self._unread.lstrip(b"\r\n")
             if self._unread:
+                if self._unread[:1] == NOISE:
+                    return -1
                 if _PREFACE.startswith(self._unread[: len(_PREFACE)]):
                     if len(self._unread) >= len(_PREFACE):
                         return -1
@@ -187,7 +192,7 @@ class Connection:
         self._reason = None
         id = request_id(head.headers)  # noqa: A001
         try:
-            gateway.admit(head.headers)
+            travel = self._admit(head)
             if head.length is not None and head.length > lane.body_limit:
                 raise _too_large(lane.body_limit)
         except LlameshError as error:
@@ -211,10 +216,20 @@ class Connection:
                 self._keep_alive = False
                 return
             self._working = True
-            inbound = Inbound(head.path, head.query, head.headers, body, id, started)
+            self._work_begins()
+            inbound = self._inbound = Inbound(head.path, head.query, head.headers, body, id, started, travel)
             await gateway.infer(inbound, route, self)
             self._working = False
-            self.deadline = trio.current_time() + lane.idle_seconds
+            self._inbound = None
+            self.deadline = trio.current_time() + self._idle_seconds
+
+    def _work_begins(self) -> None:
+        """A request was read, and is about to be answered."""
+
+    def _admit(self, head: RequestHead) -> Travel:
+        """Whether the request may be made at all, and how it came. Raises LlameshError."""
+        self._lane.gateway.admit(head.headers)
+        return AT_HOME
 
     async def _read_body(self, head: RequestHead, body: Body) -> bool:
         """Read all of it into `body`; False when the client left. Raises BadRequest, RequestTooLarge."""
@@ -256,9 +271,13 @@ class Connection:
         self._unwatch()
         self._reason = None
         self._handed_over = True
+        assert isinstance(self._transport, SocketTransport)  # noqa: S101
         sock = self._transport.detach()
         unread, self._unread = self._unread, b""
-        await self._lane.slow_lane.serve(sock, unread)
+        if unread[:1] == NOISE:
+            await self._lane.serve_peer(sock, unread)
+        else:
+            await self._lane.slow_lane.serve(sock, unread)
         return False
 
     # Answers that aren't relayed.
@@ -268,7 +287,7 @@ class Connection:
         headers = [*headers, *self._cors, (b"x-request-id", request_id(head.headers).encode())]
         data = response_head(status, headers, length=len(body), keep_alive=self._keep_alive)
         self._reason = None
-        self.deadline = trio.current_time() + self._lane.idle_seconds
+        self.deadline = trio.current_time() + self._idle_seconds
         await self._transport.send(data if head.method == b"HEAD" else data + body)
 
     async def _refuse_bytes(self, error: BadRequest) -> None:
@@ -313,7 +332,7 @@ class Connection:
         """Half-close and read what still comes, within bounds, so that no reset eats the answer."""
         self._keep_alive = False
         try:
-            self._transport.sock.shutdown(socket.SHUT_WR)
+            self._sock.shutdown(socket.SHUT_WR)
             taken = 0
             with trio.move_on_after(_LINGER_SECONDS):
                 while taken < _LINGER_BYTES:
@@ -323,51 +342,6 @@ class Connection:
                     taken += len(data)
         except OSError as error:
             log.debug("connection lost", error=str(error))
-
-    # The sink.
-
-    def start(self, status: int, headers: Headers, *, length: int | None) -> None:
-        """See `Sink.start`."""
-        self.started = True
-        if self._cors:
-            headers = [*headers, *self._cors]
-        has_body = status not in _BODILESS
-        self._chunked = length is None and has_body
-        self._pending = response_head(
-            status, headers, length=length, keep_alive=self._keep_alive, has_body=has_body
-        )
-
-    async def write(self, data: bytes) -> None:
-        """See `Sink.write`."""
-        if self._chunked:
-            data = b"%x\r\n%b\r\n" % (len(data), data)
-        await self._send(data)
-
-    async def flush(self) -> None:
-        """See `Sink.flush`."""
-        if self._pending:
-            await self._send(b"")
-
-    async def finish(self, data: bytes = b"") -> None:
-        """See `Sink.finish`."""
-        if self._chunked:
-            data = b"%x\r\n%b\r\n0\r\n\r\n" % (len(data), data) if data else b"0\r\n\r\n"
-        await self._send(data)
-
-    def abort(self) -> None:
-        """See `Sink.abort`. No final chunk was sent, so the client can't take this for an end."""
-        self._keep_alive = False
-        if not self._transport.closed:
-            self._unwatch()
-            self._transport.close()
-
-    async def _send(self, data: bytes) -> None:
-        if self._pending:
-            data, self._pending = self._pending + data, b""
-        # A client that reads nothing for this long is gone.
-        self.deadline = trio.current_time() + self._lane.idle_seconds
-        await self._transport.send(data)
-        self.deadline = math.inf
 
 
 def _too_large(limit: int) -> RequestTooLarge:

@@ -10,7 +10,7 @@ import trio
 from llamesh.errors import InvalidRequest
 from llamesh.net.transport import SocketTransport
 from llamesh.telemetry.logs import get_logger
-from llamesh.web.connection import Connection
+from llamesh.web.connection import NOISE, Connection
 from llamesh.web.gateway import Gateway
 from llamesh.web.lane import Lane, Pages, SlowLane
 from llamesh.web.tls import Certificate
@@ -32,7 +32,7 @@ class FastLane(Lane):
     async def serve(self, sock: socket.socket) -> None:
         """Serve one accepted connection to its end."""
         if self.certificate is None:
-            await Connection(sock, self).run()
+            await Connection(SocketTransport(sock), sock, self).run()
         else:
             await self._serve_tls(sock, self.certificate.context())
 
@@ -44,10 +44,14 @@ class FastLane(Lane):
                 data = await SocketTransport(sock).receive()
             if data.startswith(_TLS_HANDSHAKE):
                 await self.slow_lane.serve(sock, data, context)
+            elif data[:1] == NOISE:
+                await self.serve_peer(sock, data)
             elif data:
-                await Connection(sock, self).refuse(InvalidRequest("this port speaks HTTPS; use https://"))
-        except OSError as error:
-            log.debug("connection lost", error=str(error))
+                await Connection(SocketTransport(sock), sock, self).refuse(
+                    InvalidRequest("this port speaks HTTPS; use https://")
+                )
+        except OSError as lost:
+            log.debug("connection lost", error=str(lost))
         finally:
             trio.lowlevel.notify_closing(sock)
             sock.close()

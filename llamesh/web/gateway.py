@@ -11,15 +11,16 @@ import trio
 from llamesh.config.current import Current
 from llamesh.config.settings import Settings
 from llamesh.dispatch import Dispatch
+from llamesh.dispatch.lease import Ask
 from llamesh.errors import InternalError, InvalidRequest, LlameshError
-from llamesh.lease import Ask
 from llamesh.net.exchange import Headers
 from llamesh.telemetry.logs import get_logger
 from llamesh.telemetry.stats import NodeStats, ProfileStats
 from llamesh.web.access import Access
+from llamesh.web.answer import ClientGone, Inbound, Job, Outcome, finish_with_event
 from llamesh.web.body import Budget
-from llamesh.web.openai import Route, choose_profile, read_wish
-from llamesh.web.relay import ClientGone, Inbound, Outcome, Relay, finish_with_event
+from llamesh.web.openai import Route, choose_profile, read_features, read_wish
+from llamesh.web.relay import Relay
 from llamesh.web.sink import Sink
 
 log = get_logger("request")
@@ -35,6 +36,7 @@ class Gateway:
         self.stats = stats
         self._dispatch = dispatch
         self._relay = Relay(current.settings, dispatch)
+        self._number = 0
 
     @property
     def settings(self) -> Settings:
@@ -46,9 +48,12 @@ class Gateway:
         self.access.configure(self.settings)
         self._relay.configure(self.settings)
 
-    def admit(self, headers: Headers) -> None:
-        """What can be refused before the body is read. Raises LlameshError."""
-        self.access.check(headers)
+    def admit(self, headers: Headers, *, peer: bool = False) -> None:
+        """What can be refused before the body is read. Raises LlameshError. A `peer` has proven who it
+        is, and checked its client's key itself.
+        """
+        if not peer:
+            self.access.check(headers)
         self._check_hops(headers)
 
     async def infer(self, inbound: Inbound, route: Route, sink: Sink) -> None:
@@ -57,13 +62,15 @@ class Gateway:
         """
         outcome = Outcome()
         profile_stats: ProfileStats | None = None
-        key = ""
+        key, origin = "", inbound.travel.origin
         try:
             ask = self._understand(inbound, route)
             key = ask.profile.key
             profile_stats = self.stats.profile(key)
             profile_stats.current_requests += 1
-            await self._relay.run(inbound, ask, route, sink, outcome)
+            if origin:
+                self._dispatch.count_origin(origin, key, 1)
+            await self._relay.run(Job(inbound, ask, route, sink, outcome, broken=inbound.travel.attempt))
         except LlameshError as error:
             outcome.status = outcome.status or error.status
             outcome.error = error.type
@@ -81,6 +88,8 @@ class Gateway:
         finally:
             if profile_stats is not None:
                 profile_stats.current_requests -= 1
+                if origin:
+                    self._dispatch.count_origin(origin, key, -1)
             self._account(inbound, key, profile_stats, outcome)
 
     async def refuse(self, error: LlameshError, id: str, sink: Sink, route: Route | None = None) -> None:  # noqa: A002
@@ -104,6 +113,7 @@ class Gateway:
             (b"content-type", b"application/json"),
             (b"x-request-id", id.encode()),
             (b"x-llamesh-node", self.settings.node_id.encode()),
+            (b"x-llamesh-error", error.type.encode()),
         ]
         if error.retry_after is not None:
             headers.append((b"retry-after", b"%d" % error.retry_after))
@@ -119,10 +129,15 @@ class Gateway:
                 break
         wish = read_wish(content_type, inbound.query, inbound.body.view())
         profile = choose_profile(
-            self._current.cookbook, wish, route, self.settings.default_model, self.settings.node_id
+            self._dispatch.find, wish, route, self.settings.default_model, self.settings.node_id
         )
         # Only text streams; elsewhere llama-server ignores the wish, and so must the keep-alives.
-        return Ask(profile, inbound.request_id, wish.streams and route.needs == "text")
+        streams = wish.streams and route.needs == "text"
+        if self._dispatch.router is None:
+            return Ask(profile, inbound.request_id, streams)
+        self._number += 1
+        features = read_features(wish, route, inbound.body, self._number)
+        return Ask(profile, inbound.request_id, streams, inbound.travel, features)
 
     def _check_hops(self, headers: Headers) -> None:
         for name, value in headers:
@@ -155,6 +170,7 @@ class Gateway:
             path=inbound.path.decode("ascii", "replace"),
             profile=key,
             instance=outcome.instance,
+            **({"origin": inbound.travel.origin} if inbound.travel.origin else {}),
             status=outcome.status,
             error=outcome.error,
             ms=round(seconds * 1000, 1),

@@ -9,6 +9,8 @@ from http import HTTPStatus
 
 from llamesh.net.exchange import Headers
 
+NONE: Headers = []
+
 # Hop-by-hop (RFC 9110, 7.6.1), plus what is this node's to say: framing, CORS, who answered.
 _DROPPED_FROM_UPSTREAM = frozenset(
     [
@@ -86,10 +88,15 @@ def upstream_request(
     length: int,
     id: str,  # noqa: A002
     key_header: bytes,
-    method: bytes = b"POST",
+    more: Headers = NONE,
 ) -> bytes:
-    """The head of the request to a llama-server. `key_header`: the configured header for client keys."""
-    lines = [method, b" ", target, b" HTTP/1.1\r\nhost: ", host, b"\r\nauthorization: ", authorization]
+    """The head of the request to a llama-server or a peer. `key_header`: the configured header for client
+    keys; `authorization`: the child's key, b"" for none; `more`: headers of ours."""
+    lines = [b"POST ", target, b" HTTP/1.1\r\nhost: ", host]
+    if authorization:
+        lines += (b"\r\nauthorization: ", authorization)
+    for name, value in more:
+        lines += (b"\r\n", name, b": ", value)
     for name, value in headers:
         if (
             name not in _DROPPED_FROM_CLIENT

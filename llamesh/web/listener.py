@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import errno
 import socket
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
 
 import trio
 
@@ -47,10 +47,22 @@ def bind(host: str, port: int) -> list[socket.socket]:
 
 
 class Listener:
-    """Owns the listening sockets and the tasks of all client connections."""
+    """Owns the listening sockets and the tasks of all client connections.
 
-    def __init__(self, sockets: Sequence[socket.socket], lane: FastLane) -> None:
-        self._sockets = sockets
+    `peers`: sockets on which only peers are answered, each connection by `serve_peer`.
+    """
+
+    def __init__(
+        self,
+        sockets: Sequence[socket.socket],
+        lane: FastLane,
+        peers: Sequence[socket.socket] = (),
+        serve_peer: Callable[[socket.socket], Awaitable[None]] | None = None,
+    ) -> None:
+        self._serving: dict[socket.socket, Callable[[socket.socket], Awaitable[None]]] = {
+            **dict.fromkeys(sockets, lane.serve),
+            **(dict.fromkeys(peers, serve_peer) if serve_peer is not None else {}),
+        }
         self._lane = lane
         self._accepting = trio.CancelScope()
 
@@ -64,8 +76,8 @@ class Listener:
                 async with trio.open_nursery() as connections:
                     with self._accepting:
                         async with trio.open_nursery() as acceptors:
-                            for sock in self._sockets:
-                                acceptors.start_soon(self._accept, sock, connections)
+                            for sock, serve in self._serving.items():
+                                acceptors.start_soon(self._accept, sock, serve, connections)
                     self._close_sockets()
                 background.cancel_scope.cancel()
         finally:
@@ -77,12 +89,17 @@ class Listener:
         self._accepting.cancel()
 
     def _close_sockets(self) -> None:
-        for sock in self._sockets:
+        for sock in self._serving:
             if sock.fileno() >= 0:
                 trio.lowlevel.notify_closing(sock)
                 sock.close()
 
-    async def _accept(self, listening: socket.socket, connections: trio.Nursery) -> None:
+    async def _accept(
+        self,
+        listening: socket.socket,
+        serve: Callable[[socket.socket], Awaitable[None]],
+        connections: trio.Nursery,
+    ) -> None:
         while True:
             await trio.lowlevel.wait_readable(listening)
             for _ in range(_BURST):
@@ -97,12 +114,13 @@ class Listener:
                     else:
                         log.debug("connection lost before it was accepted", error=str(error))
                     break
-                connections.start_soon(self._serve, sock)
+                connections.start_soon(self._serve, sock, serve)
 
-    async def _serve(self, sock: socket.socket) -> None:
+    @staticmethod
+    async def _serve(sock: socket.socket, serve: Callable[[socket.socket], Awaitable[None]]) -> None:
         # The one broad `except` of the connection border: a defect ends this connection, not the node.
         try:
-            await self._lane.serve(sock)
+            await serve(sock)
         except Exception:
             log.exception("connection ended by a defect")
             sock.close()

@@ -6,15 +6,17 @@ objects of it; it still checks that the whole is JSON, so llama-server never see
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Literal
 from urllib.parse import parse_qs
 
 import msgspec
 
-from llamesh.config.cookbook import Cookbook, Profile
+from llamesh.config.cookbook import Profile
+from llamesh.core.cost import Features
 from llamesh.errors import InvalidRequest, ModelNotFound
+from llamesh.web.body import Body
 
 Needs = Literal["text", "embedding", "rerank", "any"]
 
@@ -49,6 +51,8 @@ class _Wanted(msgspec.Struct):
 
     model: msgspec.Raw = msgspec.Raw(b"")
     stream: msgspec.Raw = msgspec.Raw(b"")
+    max_tokens: msgspec.Raw = msgspec.Raw(b"")
+    max_completion_tokens: msgspec.Raw = msgspec.Raw(b"")
 
 
 _decode = msgspec.json.Decoder(_Wanted).decode
@@ -56,10 +60,13 @@ _decode = msgspec.json.Decoder(_Wanted).decode
 
 @dataclass(frozen=True, slots=True)
 class Wish:
-    """What a request says of itself: `model` as written, None when it names none."""
+    """What a request says of itself: `model` as written, None when it names none; `max_tokens`: the longest
+    answer that it takes, 0 when it doesn't say.
+    """
 
     model: str | None
     streams: bool
+    max_tokens: int = 0
 
 
 def read_wish(content_type: bytes, query: bytes, body: bytes | memoryview) -> Wish:
@@ -76,8 +83,10 @@ def read_wish(content_type: bytes, query: bytes, body: bytes | memoryview) -> Wi
         raise InvalidRequest(f"the request body isn't a JSON object: {error}") from None
     # A Raw equals no bytes object, whatever it holds.
     model_json, streams = bytes(wanted.model), bytes(wanted.stream) == b"true"
+    limit = bytes(wanted.max_tokens) or bytes(wanted.max_completion_tokens)
+    most = int(limit) if limit.isdigit() and len(limit) < 10 else 0
     if not model_json:
-        return Wish(_from_query(query), streams)
+        return Wish(_from_query(query), streams, most)
     try:
         model = msgspec.json.decode(model_json)
     except (msgspec.MsgspecError, UnicodeDecodeError) as error:
@@ -85,18 +94,43 @@ def read_wish(content_type: bytes, query: bytes, body: bytes | memoryview) -> Wi
     if not isinstance(model, str) or not model:
         what = "null" if model is None else "empty" if model == "" else "not text"
         raise InvalidRequest(f"`model` is {what}; name a model of GET /v1/models", param="model")
-    return Wish(model, streams)
+    return Wish(model, streams, most)
 
 
-def choose_profile(cookbook: Cookbook, wish: Wish, route: Route, default: str | None, node: str) -> Profile:
-    """The profile that is meant. Raises InvalidRequest or ModelNotFound."""
+# Of English text a token has four bytes of JSON or so.
+_BYTES_PER_TOKEN = 4
+
+# No picture worth sending fits into this.
+_SURELY_TEXT = 4096
+_NOT_TEXT = (b'"image_url"', b'"input_audio"', b'"input_image"')
+
+
+def read_features(wish: Wish, route: Route, body: Body, number: int) -> Features:
+    """What placement needs to know of a request: a guess at its prompt's tokens from the length of the
+    body, 0 where that says nothing, and the most that it wants to have written.
+    """
+    data = body.view()
+    # What was spooled is rather an image or a recording.
+    is_text = isinstance(data, bytes) and data.startswith(b"{")
+    if is_text and len(data) > _SURELY_TEXT:
+        is_text = not any(mark in data for mark in _NOT_TEXT)
+    tokens = body.length // _BYTES_PER_TOKEN if is_text else 0
+    # What doesn't write has no answer to wait for; 1 is as good as none and is not "unknown".
+    output = wish.max_tokens if route.needs == "text" else 1
+    return Features(prompt_tokens=tokens, output_tokens=output, number=number)
+
+
+def choose_profile(
+    find: Callable[[str], Profile | None], wish: Wish, route: Route, default: str | None, node: str
+) -> Profile:
+    """The profile that is meant; `find` knows them by name. Raises InvalidRequest or ModelNotFound."""
     name = wish.model or default
     if not name:
         raise InvalidRequest(
             "the request names no model and there is no default_model; add `model`, see GET /v1/models",
             param="model",
         )
-    profile = cookbook.find(name)
+    profile = find(name)
     if profile is None:
         shown = name if len(name) <= 120 else name[:120] + "…"
         raise ModelNotFound(f"node {node} knows no model {shown!r}; see GET /v1/models", param="model")

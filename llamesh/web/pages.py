@@ -26,9 +26,10 @@ from llamesh.telemetry.learned import LearnedValues
 from llamesh.telemetry.prometheus import Gauges
 from llamesh.telemetry.stats import NodeStats
 from llamesh.web.access import Access
+from llamesh.web.mesh_pages import MeshPages
 
 # OpenAI's `created`. Constant, since clients cache by it and nothing here was "created".
-_CREATED = 1_700_000_000
+CREATED = 1_700_000_000
 
 _MIB = 1 << 20
 
@@ -66,6 +67,7 @@ class Pages:
         self._access = access
         self._started = time.time()
         self.address = ""
+        self.mesh: MeshPages | None = None
 
     @property
     def _settings(self) -> Settings:
@@ -102,12 +104,18 @@ class Pages:
 
     def models(self) -> dict[str, Any]:
         """`GET /v1/models`."""
-        return {"object": "list", "data": [self._model(p) for p in self._cookbook().listed()]}
+        listed = self._cookbook().listed()
+        data = [self._model(profile) for profile in listed]
+        if self.mesh is not None:
+            data += self.mesh.models({profile.key.casefold() for profile in listed})
+        return {"object": "list", "data": data}
 
     def model(self, name: str) -> dict[str, Any]:
         """`GET /v1/models/{id}`. Raises ModelNotFound."""
         profile = self._cookbook().find(unquote(name))
         if profile is None:
+            if self.mesh is not None and (entry := self.mesh.model(unquote(name))) is not None:
+                return entry
             raise ModelNotFound(
                 f"node {self._settings.node_id} knows no model {unquote(name)[:120]!r}; see GET /v1/models",
                 param="model",
@@ -170,13 +178,18 @@ class Pages:
 
     def nodes(self) -> dict[str, Any]:
         """`GET /cluster/nodes`."""
+        others = self.mesh.nodes() if self.mesh is not None else {}
+        own = {"address": self.address, "status": "alive", "last_seen": time.time(), **self.summary()}
+        return {"nodes": {self._settings.node_id: own, **others}}
+
+    def summary(self) -> dict[str, Any]:
+        """This node's entry there, as far as it can be told to others."""
         profiles = self._cookbook().profiles
         loaded = sorted({i.profile.key for i in self._pool.all() if i.state is State.READY})
-        node = {
+        return {
             "ready": not bool(self._dispatch.closed),
             "version": llamesh.__version__,
             "llama_cpp_version": self._pool.engine.version,
-            "address": self.address,
             "active_instances": sum(1 for _ in self._pool.all()),
             "current_requests": self._stats.current_requests,
             "loaded_models": loaded,
@@ -184,10 +197,8 @@ class Pages:
             "model_stats": {p.key: self._model_stats(p) for p in profiles},
             **self._resources(),
             "total_queue_length": self._dispatch.queue_length(),
-            "last_seen": time.time(),
             "started_at_unix": self._started,
         }
-        return {"nodes": {self._settings.node_id: node}}
 
     def running(self) -> dict[str, Any]:
         """`GET /running`: the instances, as llama-swap lists them, with their log's last lines left out."""
@@ -239,9 +250,9 @@ class Pages:
         entry: dict[str, Any] = {
             "id": profile.public_name,
             "object": "model",
-            "created": _CREATED,
+            "created": CREATED,
             "owned_by": self._settings.node_id,
-            "status": self._status(profile),
+            "status": self.status(profile),
             "metadata": {
                 "model": profile.model,
                 "profile_id": profile.id,
@@ -256,7 +267,7 @@ class Pages:
             entry["context_length"] = learned.context_length
         return entry
 
-    def _status(self, profile: Profile) -> dict[str, Any]:
+    def status(self, profile: Profile) -> dict[str, Any]:
         """One of unloaded, queued, downloading, loading, loaded, failed."""
         states = {i.state for i in self._pool.instances(profile.key)}
         trouble = self._pool.trouble(profile.key)

@@ -9,8 +9,8 @@ import trio
 from llamesh.config.cookbook import Profile
 from llamesh.core.lifecycle import State
 from llamesh.dispatch import Dispatch, Ticket
+from llamesh.dispatch.lease import Ask
 from llamesh.errors import LlameshError
-from llamesh.lease import Ask
 from llamesh.local.pool import Pool
 from llamesh.telemetry.logs import get_logger
 
@@ -32,7 +32,7 @@ class Prewarm:
         """Have an instance of `profile` ready; return when it is, or at once. Raises LlameshError."""
         if self._is_loaded(profile):
             return {"model": profile.public_name, "status": "loaded"}
-        ticket = self._dispatch.join(Ask(profile, "prewarm"))
+        ticket = self._dispatch.join(Ask(profile, "prewarm", here_only=True))
         if wait:
             await self._wait(ticket)
             return {"model": profile.public_name, "status": "loaded"}

@@ -1,83 +1,54 @@
 """One inference request, from its body to the last byte of its answer.
 
-    find a slot (maybe wait, telling the client what for)
-    -> send the request to the instance -> hand its answer on, piece by piece -> free the slot
+    find a slot here or a seat at a peer (maybe wait, telling the client what for)
+    -> send the request there -> hand the answer on, piece by piece -> give slot or seat back
 
 Rules
 - Bodies pass byte for byte, both ways.
 - A reused connection that turns out to be closed is replaced silently: llama-server closes them
   after 5 s and after 100 requests, and that can cross with a request on its way.
 - Before the first byte of the answer, a failed upstream is tried once more; a request that killed
-  an instance gets one more instance, not all of them. After that byte the answer is cut.
+  an instance gets one more instance in the whole mesh, not all of them. A peer that can't be reached, or
+  that says no before it began, isn't asked again for this request, and others are. After the first byte
+  the answer is cut.
 - Leaving early in any way (cancelled, client gone, timeout) closes the upstream connection, which
-  is how llama-server learns of it, and frees the slot. All of that is in one `finally`.
+  is how llama-server, or the peer, learns of it, and frees the slot. All of that is in one `finally`.
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import partial
 
-import msgspec
 import trio
 
 from llamesh.config.settings import Settings
 from llamesh.core.lifecycle import State
+from llamesh.core.offers import encode
 from llamesh.dispatch import Dispatch
-from llamesh.errors import UpstreamError, UpstreamTimeout
-from llamesh.lease import Ask, Lease
-from llamesh.local.instance import Instance
+from llamesh.dispatch.lease import AnyLease, Ask, Forward, Lease
+from llamesh.errors import LlameshError, Overloaded, UpstreamError, UpstreamTimeout
 from llamesh.net.exchange import Headers, UpstreamBroken, UpstreamConnection
 from llamesh.telemetry.logs import get_logger
-from llamesh.telemetry.stats import Usage
-from llamesh.web.body import Body
-from llamesh.web.headers import pass_back, upstream_request
-from llamesh.web.openai import Route
-from llamesh.web.sink import Sink
-from llamesh.web.usage import UsageScan
+from llamesh.web.answer import SSE_HEADERS, Job, keepalive, pass_answer, write
+from llamesh.web.headers import upstream_request
+from llamesh.web.peer_exchange import PeerRefused, peer_headers, refused
 
 log = get_logger("relay")
 
 # One retry in all: the second failure is the request's own doing more often than not.
-_MAX_ATTEMPTS = 2
+_MAX_BROKEN = 2
+
+# Peers that went away with the request in their hands; it may be what they die of.
+_MAX_LOST = 3
 
 # How long a broken instance may take to be reaped, so that its last words are known.
 _REAP_SECONDS = 1.0
 
-_SSE_HEADERS: Headers = [
-    (b"content-type", b"text/event-stream"),
-    (b"cache-control", b"no-cache"),
-    (b"x-accel-buffering", b"no"),
-]
-
-
-@dataclass(slots=True)
-class Inbound:
-    """A request as a lane read it. `query`: without the question mark; `started`: trio's time."""
-
-    path: bytes
-    query: bytes
-    headers: Headers
-    body: Body
-    request_id: str
-    started: float
-
-
-@dataclass(slots=True)
-class Outcome:
-    """What became of a request; filled as it goes, so that it is right whenever it ends."""
-
-    status: int = 0
-    instance: str = ""
-    queued_seconds: float = 0.0
-    first_byte_seconds: float | None = None
-    attempts: int = 0
-    error: str = ""  # an error's type, "cut" or "cancelled"; empty for an answer that was relayed whole
-    usage: Usage = field(default_factory=Usage)
-
-
-class ClientGone(Exception):
-    """Writing to the client failed: nothing more to do for it."""
+# A refusal is read whole, for its message; none is longer.
+_REFUSAL_BYTES = 65_536
 
 
 class Relay:
@@ -96,71 +67,94 @@ class Relay:
         self._silence_ms = settings.upstream_read_timeout_ms
         self._duration_ms = settings.model_defaults.max_request_duration_ms
 
-    async def run(self, inbound: Inbound, ask: Ask, route: Route, sink: Sink, outcome: Outcome) -> None:
-        """Answer one request through `sink`.
+    async def run(self, job: Job) -> None:
+        """Answer one request through `job.sink`.
 
-        Raises LlameshError when no byte of an upstream's answer was sent (though `sink` may have
+        Raises LlameshError when no byte of an upstream's answer was sent (though the sink may have
         started with comments), ClientGone when the client can't be written to.
         """
-        limit = ask.profile.max_request_duration_ms
+        limit: float | None = job.ask.profile.max_request_duration_ms
         if limit is None:
             limit = self._duration_ms
+        name = "max_request_duration_ms"
+        told = job.ask.travel.deadline_ms
+        if told is not None and not 0 < limit < told:
+            limit, name = max(told, 1.0), "what was left of max_request_duration_ms"
         if not limit:
-            await self._attempts(inbound, ask, route, sink, outcome)
+            await self._attempts(job)
             return
-        with trio.move_on_after(limit / 1000) as scope:
-            await self._attempts(inbound, ask, route, sink, outcome)
+        job.deadline = trio.current_time() + limit / 1000
+        with trio.move_on_at(job.deadline) as scope:
+            await self._attempts(job)
         if scope.cancelled_caught:
-            self._too_late(f"took longer than max_request_duration_ms ({limit} ms)", ask, sink, outcome)
+            self._too_late(f"took longer than {name} ({limit:.0f} ms)", job)
 
-    def _too_late(self, what: str, ask: Ask, sink: Sink, outcome: Outcome) -> None:
-        if outcome.first_byte_seconds is not None:
-            outcome.error = "request_timeout"
-            sink.abort()
+    def _too_late(self, what: str, job: Job) -> None:
+        if job.outcome.first_byte_seconds is not None:
+            job.outcome.error = "request_timeout"
+            job.sink.abort()
             return
-        raise UpstreamTimeout(f"the request to {ask.profile.key} on node {self._node} {what}")
+        raise UpstreamTimeout(f"the request to {job.ask.profile.key} on node {self._node} {what}")
 
-    async def _attempts(self, inbound: Inbound, ask: Ask, route: Route, sink: Sink, outcome: Outcome) -> None:
+    async def _attempts(self, job: Job) -> None:
+        outcome = job.outcome
+        refusal: LlameshError | None = None
         while True:
             outcome.attempts += 1
-            lease = self._dispatch.take(ask)
+            lease = self._dispatch.take(job.ask)
             if lease is None:
-                lease = await self._wait_for_turn(ask, route, sink, again=outcome.attempts > 1)
+                try:
+                    lease = await self._wait_for_turn(job)
+                except Overloaded as error:
+                    # The peer's own word is nearer to the cause than ours that nobody else is left.
+                    raise refusal or error from None
             outcome.queued_seconds += lease.queued_seconds
-            outcome.instance = lease.instance.id
+            outcome.instance = lease.place
             try:
-                await self._exchange(lease, inbound, ask, route, sink, outcome)
+                await self._exchange(lease, job)
                 return
+            except PeerRefused as error:
+                refusal = error.face
+                job.exclude(error.node)
+                log.info("peer refused", request_id=job.ask.request_id, peer=error.node, error=refusal.type)
             except UpstreamBroken as error:
-                await self._after_break(error, lease.instance, ask, sink, outcome)
+                if isinstance(lease, Lease):
+                    await self._after_break(error, lease, job)
+                else:
+                    self._after_loss(error, lease, job)
                 if outcome.first_byte_seconds is not None:
                     return
 
-    async def _wait_for_turn(self, ask: Ask, route: Route, sink: Sink, *, again: bool) -> Lease:
+    async def _wait_for_turn(self, job: Job) -> AnyLease:
         """Wait in the queue; a stream hears after a while, and again and again, what it waits for."""
-        every = self._keepalive if ask.streams else math.inf
-        with self._dispatch.join(ask, admitted=again) as ticket:
+        ask = job.ask
+        # A peer hears it in interim responses (see web.peer_connection) and keeps its client company itself.
+        every = self._keepalive if ask.streams and not ask.travel.origin else math.inf
+        with self._dispatch.join(ask, admitted=job.outcome.attempts > 1) as ticket:
+            job.inbound.waiting_for = lambda: ticket.waiting_for
             while True:
                 lease = await ticket.wait(every)
                 if lease is not None:
                     return lease
-                if not sink.started:
-                    sink.start(200, [*_SSE_HEADERS, *self._own_headers(ask, 0.0)], length=None)
-                await _write(sink, _keepalive(route, ticket.waiting_for))
+                await self._say_what_for(job, ticket.waiting_for)
 
-    async def _exchange(
-        self, lease: Lease, inbound: Inbound, ask: Ask, route: Route, sink: Sink, outcome: Outcome
-    ) -> None:
+    async def _say_what_for(self, job: Job, text: str) -> None:
+        if not job.sink.started:
+            job.sink.start(200, [*SSE_HEADERS, *self._own_headers(job, None, [])], length=None)
+        await write(job.sink, keepalive(job.route, text))
+
+    async def _exchange(self, lease: AnyLease, job: Job) -> None:
         connection: UpstreamConnection | None = None
         complete = working = False
         try:
-            connection = await lease.connect(fresh=outcome.attempts > 1)
-            request = self._request(inbound, lease.instance, route)
-            parts = inbound.body.parts()
+            # A peer's connections don't break with one of its instances, so those at hand will do.
+            fresh = job.outcome.attempts > 1 and isinstance(lease, Lease)
+            connection = await lease.connect(fresh=fresh)
+            request = self._request(lease, job)
+            parts = job.inbound.body.parts()
             working = True
             try:
-                await connection.send(request, parts)
-                await self._read(connection, ask, sink, outcome)
+                await self._ask(connection, request, parts, lease, job)
             except UpstreamBroken as error:
                 if error.started or not connection.served:
                     raise
@@ -168,82 +162,73 @@ class Relay:
                 connection.close()
                 connection = None
                 connection = await lease.connect(fresh=True)
-                await connection.send(request, parts)
-                await self._read(connection, ask, sink, outcome)
+                await self._ask(connection, request, parts, lease, job)
             while not connection.response.has_head:
-                await self._read(connection, ask, sink, outcome)
-            await self._pass_answer(connection, lease, inbound, ask, route, sink, outcome)
+                await self._await_head(connection, lease, job)
+            if isinstance(lease, Forward):
+                await self._take_refusal(connection, lease, job)
+            headers = self._own_headers(job, lease, connection.response.headers)
+            # For each piece of a stream: nothing between it and the read that isn't needed.
+            read = partial(self._read, connection, lease, job) if self._silence_ms else connection.read
+            await pass_answer(connection, job, headers, read)
             complete = True
+        except PeerRefused:
+            complete = True
+            raise
         except UpstreamBroken:
             working = False
             raise
         finally:
+            if connection is not None:
+                connection.on_interim = None
             lease.release(connection, complete=complete, working=working)
+            if complete and isinstance(lease, Lease):
+                self._learn(lease, job)
 
-    async def _pass_answer(
+    async def _ask(
         self,
         connection: UpstreamConnection,
-        lease: Lease,
-        inbound: Inbound,
-        ask: Ask,
-        route: Route,
-        sink: Sink,
-        outcome: Outcome,
+        request: bytes,
+        parts: Sequence[bytes | memoryview],
+        lease: AnyLease,
+        job: Job,
     ) -> None:
-        response = connection.response
-        status = response.status
-        if sink.started and status != 200:
-            # The client has its 200 already, for the comments: the error travels as an event.
-            await self._pass_late_error(connection, ask, sink, route, outcome)
+        if isinstance(lease, Forward):
+            node = lease.node
+            job.inbound.waiting_for = lambda: f"waiting for node {node}"
+            connection.on_interim = job.hear_progress
+        await connection.send(request, parts)
+        await self._await_head(connection, lease, job)
+
+    async def _await_head(self, connection: UpstreamConnection, lease: AnyLease, job: Job) -> None:
+        """One read before the answer begins. A client that streams hears what a peer is waiting for."""
+        if isinstance(lease, Lease) or not job.ask.streams or job.ask.travel.origin:
+            await self._read(connection, lease, job)
             return
-        outcome.status = status
-        outcome.first_byte_seconds = trio.current_time() - inbound.started
-        if not sink.started:
-            headers = pass_back(response.headers)
-            headers += self._own_headers(ask, lease.queued_seconds)
-            if ask.streams:
-                headers.append((b"x-accel-buffering", b"no"))
-            sink.start(status, headers, length=response.length)
-        scan = UsageScan(streams=ask.streams)
-        feed, take, read = scan.feed, response.take, self._read
-        try:
-            while True:
-                data = take()
-                if data:
-                    feed(data)
-                if response.complete:
-                    break
-                if data:
-                    await sink.write(data)
-                else:
-                    await sink.flush()
-                await read(connection, ask, sink, outcome)
-            await sink.finish(data)
-        except OSError as error:
-            raise ClientGone(str(error)) from error
-        finally:
-            outcome.usage = scan.result()
+        with trio.move_on_after(max(0.0, job.spoke + self._keepalive - trio.current_time())) as scope:
+            await self._read(connection, lease, job)
+        if scope.cancelled_caught:
+            job.spoke = trio.current_time()
+            await self._say_what_for(job, job.inbound.waiting_for())
 
-    async def _pass_late_error(
-        self, connection: UpstreamConnection, ask: Ask, sink: Sink, route: Route, outcome: Outcome
-    ) -> None:
+    async def _take_refusal(self, connection: UpstreamConnection, lease: Forward, job: Job) -> None:
+        """Raises PeerRefused when the peer's answer is one after which others are to be asked."""
         response = connection.response
+        for name, value in response.headers:
+            if name == b"x-llamesh-load":
+                lease.seat.hear(value)
+        kind = refused(response.status, response.headers)
+        if not kind:
+            return
         body = response.take()
-        while not response.complete and len(body) < 65_536:
-            await self._read(connection, ask, sink, outcome)
+        while not response.complete and len(body) < _REFUSAL_BYTES:
+            await self._read(connection, lease, job)
             body += response.take()
-        outcome.status = response.status
-        outcome.error = "upstream_error"
-        try:
-            document = msgspec.json.decode(body)
-            error = document["error"]
-        except (msgspec.MsgspecError, UnicodeDecodeError, KeyError, TypeError):
-            message = f"{ask.profile.key} on node {self._node} answered with status {response.status}"
-            document = UpstreamError(message).document()
-            error = document["error"]
-        await finish_with_event(sink, route, {"error": error})
+        if not response.complete:
+            raise UpstreamBroken("a refusal without end", started=True)
+        raise PeerRefused(lease.node, kind, body)
 
-    async def _read(self, connection: UpstreamConnection, ask: Ask, sink: Sink, outcome: Outcome) -> None:
+    async def _read(self, connection: UpstreamConnection, lease: AnyLease, job: Job) -> None:
         if not self._silence_ms:
             await connection.read()
             return
@@ -251,75 +236,115 @@ class Relay:
             await connection.read()
         if scope.cancelled_caught:
             what = f"was silent for upstream_read_timeout_ms ({self._silence_ms} ms)"
-            self._too_late(what, ask, sink, outcome)
+            # Another peer may answer; another instance of ours would be as silent.
+            if connection.response.has_head or isinstance(lease, Lease):
+                self._too_late(what, job)
             raise UpstreamBroken(what, started=True)
 
-    async def _after_break(
-        self, error: UpstreamBroken, instance: Instance, ask: Ask, sink: Sink, outcome: Outcome
-    ) -> None:
+    async def _after_break(self, error: UpstreamBroken, lease: Lease, job: Job) -> None:
         """Return to try again (or, when the answer had begun, to give up). Raises UpstreamError."""
+        instance, outcome = lease.instance, job.outcome
         if instance.state is not State.GONE:
             with trio.move_on_after(_REAP_SECONDS):
                 await instance.wait_gone()
         why = str(instance.failure or error)
+        job.broken += 1
         if instance.end_reason == "given up":
             # It took very long to find out; another instance would hang on it just the same.
-            outcome.attempts = _MAX_ATTEMPTS
+            job.broken = _MAX_BROKEN
         log.warning("upstream broke", instance=instance.id, error=why, attempt=outcome.attempts)
-        if outcome.first_byte_seconds is not None:
-            outcome.error = outcome.error or "cut"
-            sink.abort()
+        if self._cut(job):
             return
-        if outcome.attempts >= _MAX_ATTEMPTS:
+        if job.broken >= _MAX_BROKEN:
             raise UpstreamError(
-                f"{ask.profile.key} on node {self._node} broke before it answered, twice: {why}",
+                f"{job.ask.profile.key} on node {self._node} broke before it answered, twice: {why}",
                 param="model",
             ) from error
 
-    def _request(self, inbound: Inbound, instance: Instance, route: Route) -> bytes:
-        target = route.upstream + b"?" + inbound.query if inbound.query else route.upstream
+    def _after_loss(self, error: UpstreamBroken, lease: Forward, job: Job) -> None:
+        """The same for a peer."""
+        job.lost += 1
+        log.warning("peer lost", request_id=job.ask.request_id, peer=lease.node, error=str(error))
+        if self._cut(job):
+            return
+        if job.lost >= _MAX_LOST:
+            raise UpstreamError(
+                f"{job.ask.profile.key}: {_MAX_LOST} nodes were lost with this request, the last was "
+                f"{lease.node}: {error}",
+                param="model",
+            ) from error
+        job.exclude(lease.node)
+
+    @staticmethod
+    def _cut(job: Job) -> bool:
+        """Whether the answer had begun; then it ends here, and the client can see that."""
+        if job.outcome.first_byte_seconds is None:
+            return False
+        job.outcome.error = job.outcome.error or "cut"
+        job.sink.abort()
+        return True
+
+    def _request(self, lease: AnyLease, job: Job) -> bytes:
+        inbound, travel = job.inbound, job.ask.travel
+        more: Headers = []
+        if isinstance(lease, Lease):
+            path, authorization = job.route.upstream, lease.instance.authorization
+        else:
+            path, authorization = inbound.path, b""
+            left = None if math.isinf(job.deadline) else (job.deadline - trio.current_time()) * 1000
+            travel = replace(
+                travel,
+                hops=travel.hops + 1,
+                via=(*travel.via, self._node),
+                attempt=job.broken,
+                max_wait_ms=lease.max_wait_ms,
+                deadline_ms=left,
+            )
+            more = peer_headers(travel)
         return upstream_request(
-            target,
+            path + b"?" + inbound.query if inbound.query else path,
             inbound.headers,
             host=b"llamesh",
-            authorization=instance.authorization,
+            authorization=authorization,
             length=inbound.body.length,
             id=inbound.request_id,
             key_header=self._key_header,
+            more=more,
         )
 
-    def _own_headers(self, ask: Ask, queued_seconds: float) -> Headers:
-        return [
+    def _own_headers(self, job: Job, lease: AnyLease | None, theirs: Headers) -> Headers:
+        """What this node, or the peer that served, says of the answer. `lease`: None before there is one."""
+        ask = job.ask
+        node, queued, affinity = self._node_header, b"0", b"off"
+        if isinstance(lease, Lease):
+            queued = b"%d" % round(lease.queued_seconds * 1000)
+        elif lease is not None:
+            waited = lease.queued_seconds * 1000
+            for name, value in theirs:
+                if name == b"x-llamesh-node":
+                    node = value
+                elif name == b"x-llamesh-affinity":
+                    affinity = value
+                elif name == b"x-llamesh-queue-ms" and value.isdigit():
+                    waited += int(value[:12])
+            queued = b"%d" % round(waited)
+        job.outcome.node = node.decode("latin-1")
+        headers: Headers = [
             (b"x-request-id", ask.request_id.encode()),
-            (b"x-llamesh-node", self._node_header),
+            (b"x-llamesh-node", node),
             (b"x-llamesh-profile", ask.profile.key.encode()),
-            (b"x-llamesh-queue-ms", b"%d" % round(queued_seconds * 1000)),
-            (b"x-llamesh-affinity", b"off"),
+            (b"x-llamesh-queue-ms", queued),
+            (b"x-llamesh-affinity", affinity),
         ]
+        if ask.travel.origin:
+            headers.append((b"x-llamesh-load", self._load(ask)))
+        return headers
 
+    def _load(self, ask: Ask) -> bytes:
+        router = self._dispatch.router
+        return encode(router.situation(ask.profile.key, ask.travel.origin)) if router is not None else b"{}"
 
-async def finish_with_event(sink: Sink, route: Route, document: dict[str, object]) -> None:
-    """End a stream that has started with an error event in the route's dialect. Raises ClientGone."""
-    if route.dialect == "anthropic":
-        error = document["error"]
-        body = msgspec.json.encode({"type": "error", "error": error})
-        data = b"event: error\ndata: " + body + b"\n\n"
-    else:
-        data = b"data: " + msgspec.json.encode(document) + b"\n\n"
-    try:
-        await sink.finish(data)
-    except OSError as error:
-        raise ClientGone(str(error)) from error
-
-
-async def _write(sink: Sink, data: bytes) -> None:
-    try:
-        await sink.write(data)
-    except OSError as error:
-        raise ClientGone(str(error)) from error
-
-
-def _keepalive(route: Route, waiting_for: str) -> bytes:
-    if route.dialect == "anthropic":
-        return b'event: ping\ndata: {"type": "ping"}\n\n'
-    return b": " + waiting_for.replace("\n", " ").replace("\r", " ").encode() + b"\n\n"
+    def _learn(self, lease: Lease, job: Job) -> None:
+        if self._dispatch.router is not None:
+            seconds = trio.current_time() - lease.since
+            self._dispatch.router.learn(job.ask, job.outcome.usage, seconds, lease.instance.busy_slots)

@@ -21,7 +21,7 @@ _KEEP_START = 1024
 
 _NUMBER = re.compile(
     rb'"(completion_tokens|output_tokens|prompt_tokens|input_tokens'
-    rb'|predicted_n|cache_n|prompt_n|predicted_ms)"\s*:\s*(\d+(?:\.\d+)?)'
+    rb'|predicted_n|cache_n|prompt_n|predicted_ms|prompt_ms)"\s*:\s*(\d+(?:\.\d+)?)'
 )
 
 
@@ -64,6 +64,7 @@ class UsageScan:
             usage.prompt_tokens = cached + int(float(found[b"prompt_n"]))
         usage.cached_tokens = cached
         usage.predicted_ms = float(found.get(b"predicted_ms", 0))
+        usage.prompt_ms = float(found.get(b"prompt_ms", 0))
         return usage
 
 

@@ -5,9 +5,10 @@ from __future__ import annotations
 import pytest
 
 from llamesh.config.environment import variable_name
+from llamesh.config.peers import StaticPeer
 from llamesh.config.problems import ConfigError
 from llamesh.config.schema import keys_of
-from llamesh.config.settings import Settings, load_settings
+from llamesh.config.settings import Address, Settings, load_settings
 
 
 def load(**environ: str) -> Settings:
@@ -42,6 +43,13 @@ def test_values_of_every_kind() -> None:
 @pytest.mark.parametrize("peers", ["a:1,b:2", " a:1 , b:2 ,", '["a:1", "b:2"]'])
 def test_lists_are_json_or_comma_separated(peers: str) -> None:
     assert [str(peer) for peer in load(LLAMESH_CLUSTER__PEERS=peers).cluster.peers] == ["a:1", "b:2"]
+
+
+def test_a_list_may_hold_mappings() -> None:
+    peers = '["a:1", {"address": "b:2", "wake_mac": "AA-BB-CC-DD-EE-0F", "node_id": "b"}]'
+    plain, more = load(LLAMESH_CLUSTER__PEERS=peers).cluster.peers
+    assert plain == StaticPeer(Address("a", 1), None, None)
+    assert more == StaticPeer(Address("b", 2), "aa:bb:cc:dd:ee:0f", "b")
 
 
 def test_lists_of_other_things() -> None:

@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
+from llamesh.config.peers import StaticPeer
 from llamesh.config.problems import ConfigError
 from llamesh.config.settings import Address, Settings, default_node_id, load_settings
 
@@ -110,6 +111,8 @@ _KEY = "noise25519:" + "A" * 43 + "="
         f"cluster: {{noise: {{allowed_keys: ['{_KEY}']}}}}",
         "cluster: {enabled: true, noise: {enabled: false}}",
         "cluster: {listen_addr: 0.0.0.0:8081, gossip_interval_seconds: 0.25}",
+        "cluster: {peers: [{address: 'a:1', wake_mac: , node_id: }, '[::1]:2']}",
+        "cluster: {discovery: {service_name: _a-1-b._udp.local.}}",
         "cluster: {circuit_breaker: {half_open_probe_interval_ms: 0}}",
         "http: {stream_keepalive_seconds: 0, cors_allowed_origins: ['*', 'https://a.example.org:1']}",
         "auth: {enabled: true, admin_keys: [hunter2]}",
@@ -126,6 +129,25 @@ def test_ports_are_joined_inclusive_and_once(tmp_path: Path) -> None:
         "llama_cpp_ports: {ports: [9003, 9001], ranges: [{start: 9002, end: 9004}, {start: 9000, end: 9000}]}"
     )
     assert load(tmp_path, text).llama_cpp_ports.all_ports() == (9000, 9001, 9002, 9003, 9004)
+
+
+@pytest.mark.parametrize(
+    "mac", ["aa:bb:cc:dd:ee:0f", "AA-BB-CC-DD-EE-0F", "aabbccddee0f", " aa:bb:cc:dd:ee:0f "]
+)
+def test_a_peer_that_says_more(tmp_path: Path, mac: str) -> None:
+    entry = f"{{address: 'nas.lan:8080', wake_mac: '{mac}', node_id: nas}}"
+    loaded = load(tmp_path, f"cluster: {{peers: [{entry}, 'box:1']}}")
+    nas, box = loaded.cluster.peers
+    assert nas == StaticPeer(Address("nas.lan", 8080), "aa:bb:cc:dd:ee:0f", "nas")
+    assert box == StaticPeer(Address("box", 1))
+    assert len({nas, box}) == 2
+    # What is written out can be read again.
+    dumped = loaded.model_dump()["cluster"]["peers"]
+    assert dumped == (
+        {"address": "nas.lan:8080", "wake_mac": "aa:bb:cc:dd:ee:0f", "node_id": "nas"},
+        "box:1",
+    )
+    assert Settings.model_validate({"cluster": {"peers": dumped}}).cluster.peers == (nas, box)
 
 
 def test_everything_wrong_is_told_at_once_in_the_order_of_the_lines(tmp_path: Path) -> None:

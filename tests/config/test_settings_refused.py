@@ -123,6 +123,51 @@ REFUSALS = [
     ),
     ("cluster:\n  peers: a:1", "2: cluster.peers: must be a list, not 'a:1'", "a list, such as [a, b]"),
     (
+        "cluster:\n  peers: [5]",
+        "2: cluster.peers[0]: not an address: 5",
+        "such as 127.0.0.1:8080 or [::1]:8080, in quotes",
+    ),
+    (
+        "cluster:\n  peers:\n    - {address: a}",
+        "3: cluster.peers[0].address: not an address: 'a': has no port",
+        ADDRESS,
+    ),
+    (
+        "cluster:\n  peers:\n    - address: a:1\n      wake_mac: 12",
+        "4: cluster.peers[0].wake_mac: not a MAC address: 12",
+        "such as aa:bb:cc:dd:ee:ff, in quotes",
+    ),
+    (
+        "cluster:\n  peers:\n    - address: a:1\n      wake_mac: aa-bb:cc-dd-ee-ff",
+        "4: cluster.peers[0].wake_mac: not a MAC address: 'aa-bb:cc-dd-ee-ff'",
+        "such as aa:bb:cc:dd:ee:ff, in quotes",
+    ),
+    (
+        "cluster:\n  peers:\n    - address: a:1\n      wake_mac: ff:ff:ff:ff:ff:ff",
+        "4: cluster.peers[0].wake_mac: not the address of one network card: 'ff:ff:ff:ff:ff:ff'",
+        "the card's own address",
+    ),
+    (
+        "cluster:\n  peers:\n    - address: a:1\n      node_id: a b",
+        "4: cluster.peers[0].node_id: not a node id: 'a b'",
+        "1 to 64 letters, digits, `.`, `_` or `-`",
+    ),
+    (
+        "cluster:\n  peers:\n    - address: a:1\n      node_id: 5",
+        "4: cluster.peers[0].node_id: must be text, not 5",
+        "text; put it in quotes",
+    ),
+    (
+        "cluster:\n  peers:\n    - {wake_mac: 'aa:bb:cc:dd:ee:ff'}",
+        "3: cluster.peers[0].address: is missing",
+        "every entry here needs `address:`",
+    ),
+    (
+        "cluster:\n  peers:\n    - address: a:1\n      wake_mack: x",
+        "4: cluster.peers[0].wake_mack: unknown key",
+        "nearest: wake_mac",
+    ),
+    (
         "cluster:\n  gossip_interval_seconds: 0",
         "2: cluster.gossip_interval_seconds: must be above 0, not 0",
         "more than 0",
@@ -146,6 +191,14 @@ REFUSALS = [
         "cluster:\n  discovery:\n    interfaces: []",
         "3: cluster.discovery.interfaces: is empty",
         "at least one entry, or leave the key out",
+    ),
+    *(
+        (
+            f"cluster:\n  discovery:\n    service_name: {name}._tcp.local",
+            f"3: cluster.discovery.service_name: not a service type: '{name}._tcp.local'",
+            "such as _llama-mesh._tcp.local",
+        )
+        for name in ("_a--b", "_-a", "_a-", "_12", "_" + "a" * 16)
     ),
     (
         "cluster:\n  discovery:\n    service_name: mesh",

@@ -16,7 +16,7 @@ from llamesh.config.current import Current
 from llamesh.config.settings import Settings
 from llamesh.core.lifecycle import State
 from llamesh.dispatch import Dispatch
-from llamesh.lease import Ask, Lease
+from llamesh.dispatch.lease import Ask, Lease
 from llamesh.local.instance import Instance
 from llamesh.local.keeper import Keeper
 from llamesh.local.launch import DEFAULT_BINARY_PATH, Engine, find_engine

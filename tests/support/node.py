@@ -233,7 +233,7 @@ def prepare(
     if binary_path is not None:
         settings["llama_cpp"] = {"binary_path": str(binary_path)}
     # JSON is YAML.
-    files = {"config.yaml": json.dumps(_overlay(settings, config or {}), indent=1)}
+    files = {"config.yaml": json.dumps(overlay(settings, config or {}), indent=1)}
     files["cookbook.yaml"] = cookbook if isinstance(cookbook, str) else json.dumps(cookbook, indent=1)
     for name, text in files.items():
         (directory / name).write_text(text, encoding="utf-8")
@@ -259,13 +259,13 @@ def clean_environment(more: Mapping[str, str]) -> dict[str, str]:
     return {**environment, **more}
 
 
-def _overlay(base: Mapping[str, Any], top: Mapping[str, Any]) -> dict[str, Any]:
+def overlay(base: Mapping[str, Any], top: Mapping[str, Any]) -> dict[str, Any]:
     """`top` over `base`, mapping by mapping."""
     merged = dict(base)
     for key, value in top.items():
         below = merged.get(key)
         both = isinstance(value, Mapping) and isinstance(below, Mapping)
-        merged[key] = _overlay(below, value) if both and below is not None else value
+        merged[key] = overlay(below, value) if both and below is not None else value
     return merged
 
 

@@ -23,8 +23,8 @@ from llamesh.config.settings import Settings
 from llamesh.core.capacity import Budget, Need
 from llamesh.core.lifecycle import State
 from llamesh.dispatch import Dispatch
+from llamesh.dispatch.lease import Ask, Lease
 from llamesh.errors import LlameshError
-from llamesh.lease import Ask, Lease
 from llamesh.local.failure import Failure
 from llamesh.local.instance import Instance
 from llamesh.local.keeper import Keeper

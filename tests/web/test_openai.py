@@ -202,14 +202,14 @@ def cookbook(tmp_path: Path) -> Cookbook:
 def test_profiles(cookbook: Cookbook, path: bytes, name: str | None, found: str | type[LlameshError]) -> None:
     wish, route = Wish(name, False), ROUTES[path]
     if isinstance(found, str):
-        assert choose_profile(cookbook, wish, route, "text:fast", "n").key == found
+        assert choose_profile(cookbook.find, wish, route, "text:fast", "n").key == found
         return
     with pytest.raises(found) as caught:
-        choose_profile(cookbook, wish, route, "text:fast", "n")
+        choose_profile(cookbook.find, wish, route, "text:fast", "n")
     assert caught.value.param == "model"
     assert len(caught.value.message) < 400
 
 
 def test_no_model_and_no_default(cookbook: Cookbook) -> None:
     with pytest.raises(InvalidRequest, match="default_model"):
-        choose_profile(cookbook, Wish(None, False), ROUTES[b"/infill"], None, "n")
+        choose_profile(cookbook.find, Wish(None, False), ROUTES[b"/infill"], None, "n")

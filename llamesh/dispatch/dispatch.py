@@ -8,6 +8,10 @@
     ...
     lease.release()
 
+A lease is a slot of an instance here, or a seat at a peer that will answer sooner: whoever asks needn't
+know which. The peers are asked about (see `router`) when a request comes and whenever it is the head of
+its queue and something changed, so who waits here may still be served there.
+
 One queue per profile, first come, first served. Whenever something changes, `_settle` decides
 for the head of the queue, carries that out and goes on with the next head: synchronous from the
 look to the deed, so there is no state between them that anyone could see or be cancelled in.
@@ -18,28 +22,26 @@ profiles, when room for instances is short, the queue whose head has waited long
 from __future__ import annotations
 
 import itertools
-import math
-from collections import deque
 from collections.abc import Callable
-from types import TracebackType
 
 import trio
 
-from llamesh.config.cookbook import Profile
+from llamesh.config.cookbook import Elsewhere, Profile
 from llamesh.config.current import Current
 from llamesh.core.lifecycle import State
 from llamesh.core.placement import Refuse, Serve, Spawn, Wait, choose, place
+from llamesh.dispatch.lease import AnyLease, Ask, Lease
+from llamesh.dispatch.patience import Patience
+from llamesh.dispatch.router import Router
+from llamesh.dispatch.ticket import Line, Ticket
 from llamesh.errors import (
     Draining,
     LlameshError,
     ModelNotFound,
     NoCapacity,
     QueueFull,
-    QueueTimeout,
     SpawnFailed,
 )
-from llamesh.lease import Ask, Lease, loading_info
-from llamesh.local.instance import Instance
 from llamesh.local.launch import BadArguments
 from llamesh.local.pool import Pool
 from llamesh.local.ports import NoFreePort
@@ -48,91 +50,6 @@ from llamesh.telemetry.learned import LearnedValues
 from llamesh.telemetry.logs import get_logger
 
 log = get_logger("dispatch")
-
-# While the awaited model loads, its progress stands for this long before the waiter's clock goes on.
-_PROGRESS_HOLDS = 5.0
-
-# A waiter looks at its budget this often (seconds); being late by this much is fine for a queue.
-_SLICE = 0.5
-_SHORTEST = 0.005
-
-
-class Ticket:
-    """A place in a queue. Leaving the `with` block frees it, or the lease that nobody took over."""
-
-    def __init__(self, ask: Ask, line: _Line, dispatch: Dispatch) -> None:
-        self.ask = ask
-        self.since = trio.current_time()
-        self.number = next(dispatch._numbers)  # the order of coming, over all queues
-        self._line = line
-        self._dispatch = dispatch
-        self._turn = trio.Event()
-        self._lease: Lease | None = None
-        self._error: LlameshError | None = None
-
-    def __enter__(self) -> Ticket:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        if self._lease is not None:
-            lease, self._lease = self._lease, None
-            lease.release()
-        self._dispatch._leave(self)
-
-    @property
-    def waiting_for(self) -> str:
-        """What this waits for, for people: "loading tiny:default for 3 s"."""
-        return self._dispatch._describe(self)
-
-    async def wait(self, at_most: float = math.inf) -> Lease | None:
-        """The lease, which is the caller's from now on; None when `at_most` seconds passed first.
-
-        Raises QueueTimeout when the profile's `max_wait_in_queue_ms` is used up, and whatever the
-        queue was refused for; the place is given up then. Time in which the awaited model makes
-        progress isn't counted.
-        """
-        until = trio.current_time() + at_most
-        while not self._turn.is_set():
-            now = trio.current_time()
-            if now >= until:
-                return None
-            try:
-                left = self._dispatch._charge(self, now)
-            except QueueTimeout:
-                self._dispatch._leave(self)
-                raise
-            with trio.move_on_after(min(left, until - now)):
-                await self._turn.wait()
-        if self._error is not None:
-            raise self._error
-        lease, self._lease = self._lease, None
-        assert lease is not None  # noqa: S101
-        return lease
-
-    def _grant(self, lease: Lease) -> None:
-        self._lease = lease
-        self._turn.set()
-
-    def _refuse(self, error: LlameshError) -> None:
-        self._error = error
-        self._turn.set()
-
-
-class _Line:
-    """One profile's queue."""
-
-    __slots__ = ("profile", "reason", "spent", "tickets")
-
-    def __init__(self, profile: Profile) -> None:
-        self.profile = profile
-        self.tickets: deque[Ticket] = deque()
-        self.reason = ""
-        self.spent: dict[Ticket, tuple[float, float]] = {}  # ticket -> (seconds counted, last look)
 
 
 class Dispatch:
@@ -143,10 +60,12 @@ class Dispatch:
         self.shutting_down = False
         self.drained = False  # by an operator
         self.away: Callable[[], str] = lambda: ""  # see Keeper.away
+        self.unwilling: Callable[[], str] = lambda: ""  # why nothing is done for peers now
+        self.router: Router | None = None  # None: there are no peers
+        self.patience = Patience(current, pool, learned)
         self._current = current
         self._pool = pool
-        self._learned = learned
-        self._lines: dict[str, _Line] = {}  # only those with someone in them
+        self._lines: dict[str, Line] = {}  # only those with someone in them
         self._numbers = itertools.count()
         self._settling = False
         self._again = False
@@ -165,7 +84,19 @@ class Dispatch:
 
     # For requests.
 
-    def take(self, ask: Ask) -> Lease | None:
+    def find(self, name: str) -> Profile | None:
+        """The profile that `name` means, here or at a peer."""
+        found = self._current.cookbook.find(name)
+        if found is None and self.router is not None:
+            return self.router.peers.find(name)
+        return found
+
+    def count_origin(self, origin: str, key: str, change: int) -> None:
+        """One more (1) or less (-1) of a peer's requests is here."""
+        if self.router is not None:
+            self.router.requests[origin, key] += change
+
+    def take(self, ask: Ask) -> AnyLease | None:
         """A free slot, at once, when nobody waits for the profile; else None."""
         key = ask.profile.key
         if key in self._lines or self.shutting_down or self.drained:
@@ -174,6 +105,10 @@ class Dispatch:
         index = choose(instances)
         if index < 0:
             return None
+        if self.router is not None:
+            forward = self.router.forward(ask, here=True, since=trio.current_time())
+            if forward is not None:
+                return forward
         return Lease(ask, instances[index], 0.0)
 
     def join(self, ask: Ask, *, admitted: bool = False) -> Ticket:
@@ -182,15 +117,22 @@ class Dispatch:
         `admitted`: it was taken before, maybe before a reload, and is tried again in spite of a drain.
         """
         profile = self._current.cookbook.find(ask.profile.key) or ask.profile
-        if (closed := self.closed) and not admitted:
-            raise Draining(f"node {self._node} {closed}, and takes no new requests; try another node")
-        self._check_queue_limits(profile)
-        if self._is_hopeless(profile.key):
-            raise self._spawn_failed(profile)
-        line = self._lines.get(profile.key)
-        if line is None:
-            line = self._lines[profile.key] = _Line(profile)
-        ticket = Ticket(ask, line, self)
+        ticket = Ticket(ask, self._lines.get(profile.key) or Line(profile), self)
+        self._check_patience(ask)
+        try:
+            if (closed := self.closed) and not admitted:
+                raise Draining(f"node {self._node} {closed}, and takes no new requests; try another node")
+            if ask.travel.origin and (unwilling := self.unwilling()):
+                raise Draining(f"node {self._node} takes no requests of others: {unwilling}")
+            self._check_queue_limits(profile)
+            if self._is_hopeless(profile.key):
+                raise self._spawn_failed(profile)
+        except LlameshError:
+            # Somebody else may be able to.
+            if not self._send_away(ticket, here=False):
+                raise
+            return ticket
+        line = self._lines.setdefault(profile.key, ticket._line)
         line.tickets.append(ticket)
         self._settle()
         return ticket
@@ -204,6 +146,11 @@ class Dispatch:
             return len(line.tickets) if line else 0
         return sum(len(line.tickets) for line in self._lines.values())
 
+    def settle(self) -> None:
+        """Peers have news: decide anew for who waits."""
+        if self._lines:
+            self._settle()
+
     def refuse_all(self, make: Callable[[Profile], LlameshError]) -> None:
         """Send everyone who waits away; at shutdown, when the grace is over."""
         lines, self._lines = self._lines, {}
@@ -215,7 +162,7 @@ class Dispatch:
     def apply_cookbook(self) -> None:
         """The cookbook has changed: who waits, waits for the profile as it is now, or is told."""
         for key, line in list(self._lines.items()):
-            profile = self._current.cookbook.find(key)
+            profile = self.find(key)
             if profile is not None and profile.key == key:
                 line.profile = profile
                 continue
@@ -242,6 +189,34 @@ class Dispatch:
         if total and self.queue_length() >= total:
             raise QueueFull(f"node {self._node} has {total} requests waiting, as many as it may have")
 
+    def _check_patience(self, ask: Ask) -> None:
+        """Raises QueueFull when the peer that sent this would rather have it elsewhere than wait so long."""
+        patience = ask.travel.max_wait_ms
+        if patience is None or self.router is None:
+            return
+        expected = self.router.wait_here(ask)
+        if expected > patience:
+            raise QueueFull(
+                f"{ask.profile.key} on node {self._node}: the wait would be {expected:.0f} ms, more than "
+                f"the {patience:.0f} ms for which node {ask.travel.origin} prefers it"
+            )
+
+    def _send_away(self, ticket: Ticket, *, here: bool) -> bool:
+        """Give the request to a peer, if one will answer sooner (`here`: than this node, else: at all)."""
+        if self.router is None:
+            return False
+        forward = self.router.forward(ticket.ask, here=here, since=ticket.since)
+        if forward is None:
+            return False
+        ticket._grant(forward)
+        return True
+
+    def _send_away_or_refuse(self, line: Line, error: LlameshError) -> None:
+        """This node can't serve the head of the queue: a peer does, or it is told why."""
+        ticket = line.tickets.popleft()
+        if not self._send_away(ticket, here=False):
+            ticket._refuse(error)
+
     def _leave(self, ticket: Ticket) -> None:
         line = ticket._line
         line.spent.pop(ticket, None)
@@ -250,7 +225,7 @@ class Dispatch:
             self._forget_if_empty(line)
             self._settle()
 
-    def _forget_if_empty(self, line: _Line) -> None:
+    def _forget_if_empty(self, line: Line) -> None:
         if not line.tickets and self._lines.get(line.profile.key) is line:
             del self._lines[line.profile.key]
             self._pool.forgo(line.profile.key)
@@ -279,24 +254,33 @@ class Dispatch:
         finally:
             self._settling = False
 
-    def _serve(self, line: _Line) -> None:
+    def _serve(self, line: Line) -> None:
         """Give free slots to those who wait."""
         instances = self._pool.instances(line.profile.key)
         if away := self.away():
             message = f"node {self._node} leaves this machine to its owner: {away}; try another node"
             while line.tickets:
-                line.tickets.popleft()._refuse(Draining(message))
+                self._send_away_or_refuse(line, Draining(message))
         while line.tickets and (index := choose(instances)) >= 0:
             ticket = line.tickets.popleft()
+            if self._send_away(ticket, here=True):
+                continue
             ticket._grant(Lease(ticket.ask, instances[index], trio.current_time() - ticket.since))
         self._forget_if_empty(line)
 
-    def _make_progress(self, line: _Line) -> None:
+    def _make_progress(self, line: Line) -> None:
         """Start what those need who wait, make room for it, or tell them why that can't be."""
         profile, pool, key = line.profile, self._pool, line.profile.key
         while line.tickets:
+            if isinstance(profile.source, Elsewhere):
+                if self._await_peers(line):
+                    break
+                continue
+            if self._send_away(line.tickets[0], here=True):
+                line.tickets.popleft()
+                continue
             if self._is_hopeless(key):
-                line.tickets.popleft()._refuse(self._spawn_failed(profile))
+                self._send_away_or_refuse(line, self._spawn_failed(profile))
                 continue
             room = pool.room(profile)
             decision = place(
@@ -324,7 +308,7 @@ class Dispatch:
                         break
                     except BadArguments as error:
                         message = f"{key} can't be started on node {self._node}: {error}"
-                        line.tickets.popleft()._refuse(SpawnFailed(message, param="model"))
+                        self._send_away_or_refuse(line, SpawnFailed(message, param="model"))
                 case Wait(reason):
                     line.reason = reason
                     if decision != Wait(getattr(room, "reason", "")) or not pool.is_making_room(key):
@@ -333,8 +317,25 @@ class Dispatch:
                     break
                 case Refuse(reason, failed):
                     message = f"{key} can't run on node {self._node}: {reason}"
-                    line.tickets.popleft()._refuse((SpawnFailed if failed else NoCapacity)(message))
+                    refusal = (SpawnFailed if failed else NoCapacity)(message)
+                    self._send_away_or_refuse(line, refusal)
         self._forget_if_empty(line)
+
+    def _await_peers(self, line: Line) -> bool:
+        """For a model that only peers have. True: its head has to wait for one of them."""
+        ticket = line.tickets[0]
+        if self._send_away(ticket, here=False):
+            line.tickets.popleft()
+            return False
+        why = self.router.peers.explain(line.profile.key) if self.router is not None else ""
+        if why and not ticket.ask.excluded and not ticket.ask.travel.origin:
+            line.reason = why
+            return True
+        why = why or "no node of the mesh has it any more"
+        line.tickets.popleft()._refuse(
+            NoCapacity(f"{line.profile.key} isn't on node {self._node}, and {why}")
+        )
+        return False
 
     def _is_hopeless(self, key: str) -> bool:
         """Whether all tries to start it failed a moment ago, and no other instance is or will be there."""
@@ -350,51 +351,3 @@ class Dispatch:
             f"{profile.key} failed to start {MAX_TRIES} times on node {self._node}: {why}",
             param="model",
         )
-
-    def _loading(self, key: str) -> Instance | None:
-        """The instance that loads, of several the one that moved last."""
-        starting = [i for i in self._pool.instances(key) if i.state is State.STARTING]
-        return max(starting, key=lambda i: i.last_progress) if starting else None
-
-    def _charge(self, ticket: Ticket, now: float) -> float:
-        """Count the time since the last look against the ticket's budget, unless a load progresses.
-
-        When to look again, in seconds from now. Raises QueueTimeout.
-        """
-        line = ticket._line
-        profile = line.profile
-        limit = profile.max_wait_in_queue_ms
-        if limit is None:
-            limit = self._current.settings.model_defaults.max_wait_in_queue_ms
-        if not limit:
-            return math.inf
-        spent, looked = line.spent.get(ticket, (0.0, now))
-        loading = self._loading(profile.key)
-        moved = self._pool.weights.moved(profile) if loading is None else loading.last_progress
-        if now - moved > _PROGRESS_HOLDS:
-            spent += now - looked
-        line.spent[ticket] = (spent, now)
-        if spent * 1000 >= limit:
-            message = f"{profile.key} on node {self._node}: no slot within {limit} ms"
-            coming = self.loading_info(loading) if loading else self._pool.weights.told(profile, self._node)
-            extra = {"loading": coming} if coming else {}
-            raise QueueTimeout(f"{message} ({self._describe(ticket)})", extra=extra)
-        # Never at once: while the clock stands still, what is left doesn't shrink.
-        return min(_SLICE, max(limit / 1000 - spent, _SHORTEST))
-
-    def loading_info(self, instance: Instance) -> dict[str, object]:
-        """The `loading` member of a refusal."""
-        return loading_info(instance, self._node, self._learned.of(instance.profile.key).load_seconds)
-
-    def _describe(self, ticket: Ticket) -> str:
-        key = ticket.ask.profile.key
-        loading = self._loading(key)
-        if loading is not None:
-            return f"loading {key} for {trio.current_time() - loading.created:.0f} s"
-        if (download := self._pool.weights.progress(ticket.ask.profile)) is not None:
-            return f"{download}, for {key}"
-        line = ticket._line
-        ahead = line.tickets.index(ticket) if ticket in line.tickets else 0
-        if line.reason and line.reason != "queued":
-            return f"{line.reason}; {ahead} ahead"
-        return f"queued for {key}, {ahead} ahead"

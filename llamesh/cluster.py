@@ -1,0 +1,153 @@
+"""The mesh's side of the composition root: what joins a node to others, where that is switched on."""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import msgspec
+import trio
+
+from llamesh.config.current import Current
+from llamesh.config.settings import Settings
+from llamesh.config.values import Address
+from llamesh.dispatch import Dispatch
+from llamesh.dispatch.offering import Offering
+from llamesh.dispatch.router import Router
+from llamesh.errors import InvalidRequest, LlameshError
+from llamesh.local.owner import Owner
+from llamesh.local.pool import Pool
+from llamesh.mesh.discovery import Discovery, Sighting
+from llamesh.mesh.identity import Identity, load_identity
+from llamesh.mesh.key_files import IdentityError
+from llamesh.mesh.key_store import KeyStore
+from llamesh.mesh.known_peers import KnownPeers
+from llamesh.mesh.mesh import Mesh
+from llamesh.mesh.static_peers import StaticPeers, Target
+from llamesh.telemetry.learned import LearnedValues
+from llamesh.telemetry.logs import get_logger
+from llamesh.web.admin import Administration
+from llamesh.web.fast_lane import FastLane
+from llamesh.web.mesh_pages import MeshPages
+from llamesh.web.pages import CREATED, Pages
+from llamesh.web.peer_lane import PeerLane
+
+__all__ = ["Cluster", "IdentityError", "Member", "load_member"]
+
+log = get_logger("mesh")
+
+Member = tuple[Identity, KnownPeers]
+
+
+def load_member(settings: Settings, environ: Mapping[str, str]) -> Member:
+    """Who this node is in the mesh, and whom it knows; what is missing is created. Raises IdentityError."""
+    noise = settings.cluster.noise
+    identity = load_identity(settings, environ)
+    known = KnownPeers(KeyStore(settings, environ).known_peers_path, noise.allowed_keys, noise.tofu)
+    for warning in known.warnings:
+        log.warning("known_peers has a line that isn't understood", problem=warning)
+    return identity, known
+
+
+class Cluster:
+    """Joins the parts of a node to the mesh; made only where `cluster.enabled` is on."""
+
+    def __init__(
+        self,
+        current: Current,
+        member: Member,
+        pool: Pool,
+        dispatch: Dispatch,
+        learned: LearnedValues,
+        pages: Pages,
+        lane: FastLane,
+        administration: Administration,
+    ) -> None:
+        self._current = current
+        settings = self._settings = current.settings
+        self.mesh = Mesh(settings, *member)
+        self.owner = Owner()
+        router = Router(current, pool, learned, self.mesh.peers)
+        router.queue_length = dispatch.queue_length
+        self.offering = Offering(
+            current,
+            pool,
+            dispatch,
+            router,
+            learned,
+            status=lambda profile: str(pages.status(profile)["value"]),
+            summary=pages.summary,
+            unwilling=self.unwilling,
+        )
+        router.fingerprint = self.offering.fingerprint
+        dispatch.router = router
+        dispatch.unwilling = self.unwilling
+        self.mesh.entries = self.offering.entries
+        self.mesh.news = self.offering.news
+        self.mesh.peers.on_change = dispatch.settle
+        self.mesh.greeting.engine, self.mesh.greeting.engine_version = pool.engine.origin, pool.engine.version
+        self.lane = PeerLane(lane, self.mesh, self._administer)
+        self.mesh.serve = self.lane.serve_parked
+        if settings.cluster.listen_addr is None:
+            lane.serve_peer = self.lane.serve
+        pages.mesh = MeshPages(self.mesh, CREATED)
+        administration.mesh = self.mesh
+        self._acts = administration
+
+    def unwilling(self) -> str:
+        """Why this node does nothing for its peers now, "" when it does."""
+        return self.owner.willing(self._settings.cluster.serve_peers)
+
+    async def run(self, sockets: list[socket.socket], url: str) -> None:
+        """Be part of the mesh. `sockets`: those on which peers may dial; `url`: of this node's API."""
+        cluster, mesh = self._settings.cluster, self.mesh
+        mesh.greeting.listens([sock.getsockname() for sock in sockets])
+        mesh.greeting.url = url
+        log.info(
+            "mesh",
+            node=self._settings.node_id,
+            public=mesh.identity.public_text,
+            peers=len(cluster.peers),
+            mdns=cluster.discovery.mdns,
+            port=mesh.greeting.port,
+        )
+        discovery = Discovery(
+            cluster.discovery,
+            node_id=self._settings.node_id,
+            port=mesh.greeting.port,
+            txt={"key": mesh.identity.fingerprint},
+            addresses=mesh.greeting.hosts,
+            on_found=self._sighted,
+            on_lost=mesh.seeker.drop,
+        )
+        statics = StaticPeers(cluster.peers, self._resolved)
+        async with trio.open_nursery() as nursery:
+            await nursery.start(mesh.run)
+            nursery.start_soon(self.offering.run)
+            nursery.start_soon(self.owner.run, lambda: self._settings.cluster.serve_peers)
+            await nursery.start(statics.run)
+            nursery.start_soon(discovery.run)
+
+    def _sighted(self, sighting: Sighting) -> None:
+        self.mesh.sighted(sighting.node_id, sighting.addresses)
+
+    def _resolved(self, targets: Iterable[Target]) -> None:
+        found: list[tuple[Address, str | None]] = [(t.address, t.entry.node_id) for t in targets]
+        self.mesh.seeker.set_static(found)
+
+    async def _administer(self, peer: str, path: str, body: bytes) -> tuple[int, bytes] | None:
+        """What a peer's operator asks this node to do, having been let in there."""
+        if path != "/mesh/prewarm":
+            return None
+        try:
+            document = msgspec.json.decode(body, type=dict[str, Any])
+        except (msgspec.MsgspecError, UnicodeDecodeError) as error:
+            raise InvalidRequest(f"not a JSON object: {error}") from None
+        document.pop("node", None)
+        log.info("prewarm asked by a peer", peer=peer, model=str(document.get("model"))[:120])
+        try:
+            status, answer = await self._acts.prewarm(document)
+        except LlameshError as error:
+            return error.status, error.body()
+        return status, msgspec.json.encode(answer)

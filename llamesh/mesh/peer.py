@@ -1,0 +1,99 @@
+"""One other node, as this node knows it: where it is, how well it does, and what it has to offer."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Awaitable, Callable, Iterable
+
+import trio
+
+from llamesh.config.sections import CircuitBreaker
+from llamesh.config.values import Address
+from llamesh.core.breaker import Breaker
+from llamesh.core.offers import IDLE, News, NodeEntry, Offer, Situation
+from llamesh.mesh.links import Links
+from llamesh.mesh.noise_transport import NoiseTransport
+
+# Weight of the newest round trip in the mean.
+_NEWEST = 0.2
+
+# News that is older says nothing about load any more; the peer then counts as idle, and its answer to the
+# next request tells the truth.
+_NEWS_SECONDS = 30.0
+
+# Where it may be dialled, of all that was ever heard; the newest count.
+_MOST_ADDRESSES = 24
+
+
+class Peer:
+    """See the module. `alive`: a living, unsuspected member of the mesh; `in_flight`: forwards of ours by
+    "model:profile" as the peer writes it."""
+
+    def __init__(
+        self,
+        node: str,
+        dial: Callable[[Peer], Awaitable[NoiseTransport]],
+        breaker: CircuitBreaker,
+        session_ttl: float,
+    ) -> None:
+        self.node = node
+        self.alive = False
+        self.direct = True
+        self.entry = NodeEntry()
+        self.offers: dict[str, Offer] = {}  # by key in lower case
+        self.news = News()
+        self.news_at = -math.inf
+        self.rtt_ms = 0.0
+        self.failed_probes = 0
+        self.in_flight: Counter[str] = Counter()
+        self.forwards = self.lost = 0
+        self.wake_mac: str | None = None
+        self.breaker = Breaker(breaker)
+        self.links = Links(node, lambda: dial(self), session_ttl)
+        self._addresses: dict[Address, None] = {}
+
+    def __repr__(self) -> str:
+        state = "alive" if self.alive else "not alive"
+        return (
+            f"<Peer {self.node} {state}, {len(self.links)} links, {sum(self.in_flight.values())} in flight>"
+        )
+
+    @property
+    def addresses(self) -> tuple[Address, ...]:
+        """Where to dial it: first where it answered before, then what it says itself, then hearsay."""
+        return tuple(self._addresses)
+
+    def learn_addresses(self, addresses: Iterable[Address], *, first: bool = False) -> None:
+        """Take in where it may be. `first`: it has answered there."""
+        new = dict.fromkeys(addresses)
+        known = self._addresses
+        if any(address not in known for address in new):
+            self.links.try_again()
+        merged = {**new, **known} if first else {**known, **new}
+        self._addresses = dict.fromkeys(list(merged)[:_MOST_ADDRESSES])
+
+    def set_addresses(self, own: Iterable[Address], known_good: Iterable[Address]) -> None:
+        """What it says itself replaces what it said before."""
+        self._addresses = {address: None for address in self._addresses if address in set(known_good)}
+        self.learn_addresses(own)
+
+    def note_rtt(self, seconds: float) -> None:
+        """A probe was answered."""
+        new = seconds * 1000
+        self.rtt_ms = new if not self.rtt_ms else self.rtt_ms + _NEWEST * (new - self.rtt_ms)
+
+    def note_news(self, news: News) -> None:
+        """The answer to a probe."""
+        self.news, self.news_at = news, trio.current_time()
+
+    def note_situation(self, key: str, situation: Situation) -> None:
+        """What came with a reply: newer than the news, about one profile."""
+        self.news.profiles[key] = situation
+        self.news_at = max(self.news_at, trio.current_time())
+
+    def situation(self, key: str) -> Situation:
+        """The last word about a profile."""
+        if trio.current_time() - self.news_at > _NEWS_SECONDS:
+            return IDLE
+        return self.news.profiles.get(key, IDLE)

@@ -1,0 +1,292 @@
+"""All other nodes, and what the router asks about them: who has a model, how busy it is there, a seat.
+
+What a node offers comes from its gossiped state, how busy it is from its answers to probes and
+requests, who is alive from the membership. Nothing here waits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable, Collection, Iterator, Mapping
+
+import trio
+
+from llamesh.config.cookbook import Elsewhere, Profile
+from llamesh.core.breaker import Ticket
+from llamesh.core.cost import Outlook, trust_in
+from llamesh.core.offers import (
+    NODE_KEY,
+    OFFER_PREFIX,
+    NodeEntry,
+    Offer,
+    decode_entry,
+    decode_offer,
+    decode_situation,
+)
+from llamesh.mesh.peer import Peer
+from llamesh.net.exchange import UpstreamBroken, UpstreamConnection
+
+# A machine that was woken over the network answers after about this long.
+_WAKE_MS = 30_000.0
+
+# Of a node that can be reached only through a third one: the request takes two links, and their load.
+_DETOUR_MS = 5.0
+
+
+class Seat:
+    """A forward in flight. It goes to `target`, by way of `via` where that is another node."""
+
+    __slots__ = ("_key", "_peers", "_ticket", "target", "via")
+
+    def __init__(self, peers: Peers, target: Peer, via: Peer, key: str, ticket: Ticket) -> None:
+        self._peers = peers
+        self._key = key
+        self._ticket = ticket
+        self.target = target
+        self.via = via
+        target.in_flight[key] += 1
+        target.forwards += 1
+
+    @property
+    def node(self) -> str:
+        """The peer that is to serve."""
+        return self.target.node
+
+    async def connect(self, *, fresh: bool) -> UpstreamConnection:
+        """A connection to the peer, or to the node that leads to it. Raises UpstreamBroken."""
+        if not self.target.alive and self.target.wake_mac:
+            await self._peers.wake(self.target)
+        if not self.via.alive:
+            raise UpstreamBroken(f"node {self.via.node} has left", started=False)
+        return await self.via.links.take(fresh=fresh)
+
+    def hear(self, situation: bytes) -> None:
+        """What the peer says of itself in a reply."""
+        heard = decode_situation(situation)
+        if heard is not None and self.via is self.target:
+            self.target.note_situation(self._key, heard)
+
+    def leave(self, connection: UpstreamConnection | None, *, complete: bool, failed: bool) -> None:
+        """The forward has ended."""
+        target, key, now = self.target, self._key, trio.current_time()
+        target.in_flight[key] -= 1
+        if not target.in_flight[key]:
+            del target.in_flight[key]
+        if connection is not None:
+            if complete:
+                self.via.links.keep(connection)
+            else:
+                self.via.links.close(connection)
+        if complete:
+            target.breaker.success(self._ticket, now)
+        elif failed:
+            target.lost += 1
+            target.breaker.failure(self._ticket, now)
+        else:
+            target.breaker.cancel(self._ticket)
+        self._peers.on_change()
+
+
+class Peers:
+    """See the module. `on_change` is called whenever a choice may come out differently."""
+
+    def __init__(self, make: Callable[[str], Peer], wake: Callable[[Peer], Awaitable[None]]) -> None:
+        """`make` makes one that is new; `wake` wakes one that sleeps, and returns when it is there."""
+        self.on_change: Callable[[], None] = lambda: None
+        self._make = make
+        self._wake = wake
+        self._peers: dict[str, Peer] = {}
+        self._having: dict[str, dict[str, Offer]] = {}  # key in lower case -> node -> offer
+        self._names: dict[str, str] = {}  # any name in lower case -> key in lower case
+        self._profiles: dict[str, Profile] = {}
+
+    def __iter__(self) -> Iterator[Peer]:
+        return iter(self._peers.values())
+
+    def __len__(self) -> int:
+        return len(self._peers)
+
+    def get(self, node: str) -> Peer | None:
+        """The peer with that id."""
+        return self._peers.get(node)
+
+    def of(self, node: str) -> Peer:
+        """The same, made when it is new."""
+        peer = self._peers.get(node)
+        if peer is None:
+            peer = self._peers[node] = self._make(node)
+        return peer
+
+    # From the membership.
+
+    def update(self, node: str, state: Mapping[str, bytes]) -> NodeEntry:
+        """Its gossiped state is this now; what can't be understood is left out. The node's own entry."""
+        peer = self.of(node)
+        entry = decode_entry(state[NODE_KEY]) if NODE_KEY in state else None
+        peer.entry = entry or peer.entry
+        offers = {}
+        for key, value in state.items():
+            if key.startswith(OFFER_PREFIX) and (offer := decode_offer(value)) is not None:
+                offers[offer.key.casefold()] = offer
+        if offers != peer.offers:
+            peer.offers = offers
+            self._index()
+        self.on_change()
+        return peer.entry
+
+    def set_alive(self, node: str, alive: bool, *, direct: bool = True) -> None:
+        """A verdict of the membership. Connections with who is gone are closed, so that waiters learn."""
+        peer = self._peers.get(node)
+        if peer is None:
+            return
+        changed = peer.alive != alive
+        peer.alive, peer.direct = alive, direct
+        if not alive and changed:
+            peer.links.close_all()
+        if changed:
+            self._index()
+            self.on_change()
+
+    def forget(self, node: str) -> None:
+        """It left, or is dead for good: it isn't listed any more, unless it only sleeps."""
+        peer = self._peers.get(node)
+        if peer is None:
+            return
+        self.set_alive(node, alive=False)
+        if not peer.wake_mac:
+            peer.offers = {}
+            self._index()
+
+    def _index(self) -> None:
+        having: dict[str, dict[str, Offer]] = {}
+        names: dict[str, str] = {}
+        for peer in self._peers.values():
+            if not peer.alive and not peer.wake_mac:
+                continue
+            for key, offer in peer.offers.items():
+                having.setdefault(key, {})[peer.node] = offer
+                for model in (offer.model, *offer.aliases):
+                    name = f"{model}:{offer.profile}".casefold()
+                    names.setdefault(name, key)
+                    if offer.profile.casefold() == "default":
+                        names.setdefault(model.casefold(), key)
+        self._having = having
+        self._names = names
+        self._profiles = {key: self._profiles[key] for key in having if key in self._profiles}
+
+    # For the router.
+
+    def has(self, key: str) -> bool:
+        """See `Peers` of dispatch.router."""
+        return key.casefold() in self._having
+
+    def find(self, name: str) -> Profile | None:
+        """See `Peers` of dispatch.router."""
+        key = self._names.get(name.casefold())
+        if key is None:
+            return None
+        profile = self._profiles.get(key)
+        if profile is None:
+            offer = next(iter(self._having[key].values()))
+            profile = self._profiles[key] = Profile(
+                model=offer.model,
+                id=offer.profile,
+                model_description=offer.description,
+                description=offer.profile_description,
+                source=Elsewhere(),
+                kind=offer.kind,
+                idle_timeout_seconds=offer.idle_timeout_seconds,
+                max_instances=0,
+            )
+        return profile
+
+    def offered(self) -> Iterator[tuple[str, dict[str, Offer]]]:
+        """Every profile of the peers: its key in lower case, and who offers it."""
+        yield from self._having.items()
+
+    def outlooks(self, key: str, excluded: Collection[str], fingerprint: str | None = None) -> list[Outlook]:
+        """The peers that could take a request for "model:profile" now. `fingerprint`: only equal ones."""
+        now = trio.current_time()
+        found = []
+        for node, offer in self._having.get(key.casefold(), {}).items():
+            peer = self._peers[node]
+            if node in excluded or not offer.runs or not peer.breaker.allows(now):
+                continue
+            if fingerprint and offer.fingerprint != fingerprint:
+                continue
+            via = self._way_to(peer)
+            if via is None or via.node in excluded or (peer.alive and peer.news.closed):
+                continue
+            found.append(_outlook(peer, via, offer))
+        return found
+
+    def seat(self, node: str, key: str) -> Seat | None:
+        """See `Peers` of dispatch.router."""
+        peer = self._peers.get(node)
+        via = self._way_to(peer) if peer is not None else None
+        if peer is None or via is None:
+            return None
+        ticket = peer.breaker.ask(trio.current_time())
+        if ticket is None:
+            return None
+        offer = peer.offers.get(key.casefold())
+        return Seat(self, peer, via, offer.key if offer is not None else key, ticket)
+
+    def explain(self, key: str) -> str:
+        """Why no peer takes a request for the profile now; "" when none has it."""
+        now = trio.current_time()
+        reasons = []
+        for node in self._having.get(key.casefold(), {}):
+            peer = self._peers[node]
+            if not peer.alive:
+                why = "is asleep or not reachable"
+            elif self._way_to(peer) is None:
+                why = f"can't be reached from here ({peer.links.problem or 'no connection'})"
+            elif not peer.breaker.allows(now):
+                why = f"failed a moment ago ({peer.breaker.text(now)})"
+            else:
+                why = peer.news.closed or "can't take it now"
+            reasons.append(f"node {node} {why}")
+        return "; ".join(reasons[:8])
+
+    async def wake(self, peer: Peer) -> None:
+        """Have a sleeping machine woken, and return when it has joined. Raises UpstreamBroken."""
+        await self._wake(peer)
+
+    def _way_to(self, peer: Peer) -> Peer | None:
+        """The peer itself, a third node that reaches it, or None."""
+        if not peer.alive:
+            return peer if peer.wake_mac else None
+        if peer.direct and peer.links.reachable:
+            return peer
+        for other in self._peers.values():
+            if other.alive and other.direct and other.links.reachable and peer.node not in other.entry.cut:
+                return other
+        return peer if peer.links.reachable else None
+
+
+def _outlook(peer: Peer, via: Peer, offer: Offer) -> Outlook:
+    """The peer as a candidate: what it told last about others' requests, and our own as they are now."""
+    situation = peer.situation(offer.key)
+    # What the peer tells us leaves our own requests out, so the two add up whenever that was.
+    busy = min(situation.slots, situation.others)
+    return Outlook(
+        node=peer.node,
+        link_ms=via.rtt_ms if via is peer else via.rtt_ms * 2 + _DETOUR_MS,
+        ready_slots=situation.slots,
+        busy=busy,
+        queued=situation.others - busy,
+        sent=peer.in_flight.get(offer.key, 0),
+        loading_left_ms=situation.loading_left_ms,
+        loading_slots=situation.loading_slots,
+        load_ms=None if situation.room_ms is None else offer.load_ms,
+        room_ms=situation.room_ms or 0.0,
+        wake_ms=0.0 if peer.alive else _WAKE_MS,
+        slots_per_instance=offer.n_slots,
+        service_ms=offer.service_ms,
+        prefill_ms_per_token=offer.prefill_ms,
+        decode_ms_per_token=offer.decode_ms,
+        sharing=offer.sharing,
+        n_ctx=offer.context_length,
+        failing=situation.failing,
+        trust=trust_in(offer.requests),
+    )

@@ -1,0 +1,122 @@
+"""What nodes say to each other in the headers of a forwarded request and of its answer.
+
+| request | |
+|---|---|
+| X-Llama-Mesh-Hops | forwards so far, this one included |
+| X-Llamesh-Via | ids of the nodes it came by, the one with the client first |
+| X-Llamesh-Attempt | instances that broke on it already |
+| X-Llamesh-Max-Wait-Ms | when it would have to wait longer for a slot, it had better go elsewhere |
+| X-Llamesh-Deadline-Ms | what is left of max_request_duration_ms |
+
+| answer | |
+|---|---|
+| X-Llamesh-Error | type of an error that is the node's own, not its llama-server's |
+| X-Llamesh-Load | how busy the profile is there, see core.offers.Situation |
+| X-Llamesh-Waiting-For | of an interim response: what the request waits for |
+
+They count only on a connection of a peer; from clients they are dropped unread.
+"""
+
+from __future__ import annotations
+
+import re
+
+import msgspec
+
+from llamesh import errors
+from llamesh.dispatch.lease import Travel
+from llamesh.errors import InvalidRequest, LlameshError
+from llamesh.net.exchange import Headers
+
+# After one of these, and only these, another node is asked: nothing was begun.
+_ASK_OTHERS: dict[str, type[LlameshError]] = {
+    error.type: error
+    for error in (
+        errors.QueueFull,
+        errors.QueueTimeout,
+        errors.NoCapacity,
+        errors.Draining,
+        errors.SpawnFailed,
+        errors.ModelNotFound,  # its cookbook was changed, and the news of it is on the way
+    )
+}
+
+_NODE_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
+
+# A month; larger numbers are mistakes.
+_MAX_MS = 31 * 86400 * 1000
+
+
+class PeerRefused(Exception):
+    """A peer said no before it did anything. `face`: its error, as ours."""
+
+    def __init__(self, node: str, kind: str, body: bytes) -> None:
+        super().__init__(f"node {node}: {kind}")
+        self.node = node
+        self.face = _face(node, kind, body)
+
+
+def refused(status: int, headers: Headers) -> str:
+    """The type of the peer's own error when others are to be asked after it, else ""."""
+    if status < 400:
+        return ""
+    for name, value in headers:
+        if name == b"x-llamesh-error":
+            kind = value.decode("latin-1")
+            return kind if kind in _ASK_OTHERS else ""
+    return ""
+
+
+def _face(node: str, kind: str, body: bytes) -> LlameshError:
+    extra, message = {}, f"node {node} refused it ({kind})"
+    try:
+        document = msgspec.json.decode(body, type=dict[str, object])
+        error = document.pop("error", None)
+        if isinstance(error, dict) and isinstance(error.get("message"), str):
+            message = error["message"][:2000]
+        extra = document
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
+        pass
+    return _ASK_OTHERS[kind](message, param="model", extra=extra)
+
+
+def peer_headers(travel: Travel) -> Headers:
+    """The headers with which a request goes on to a peer."""
+    headers: Headers = [
+        (b"x-llama-mesh-hops", b"%d" % travel.hops),
+        (b"x-llamesh-via", ",".join(travel.via).encode()),
+    ]
+    if travel.attempt:
+        headers.append((b"x-llamesh-attempt", b"%d" % travel.attempt))
+    if travel.max_wait_ms is not None:
+        headers.append((b"x-llamesh-max-wait-ms", b"%d" % max(0.0, travel.max_wait_ms)))
+    if travel.deadline_ms is not None:
+        headers.append((b"x-llamesh-deadline-ms", b"%d" % max(1.0, travel.deadline_ms)))
+    return headers
+
+
+def read_travel(headers: Headers, origin: str) -> Travel:
+    """How a request came, from the headers of a peer that is known to be `origin`. Raises InvalidRequest."""
+    found = dict(headers)
+    via = tuple(part for part in found.get(b"x-llamesh-via", b"").decode("latin-1").split(",") if part)
+    if len(via) > 64 or not all(_NODE_ID.fullmatch(part) for part in via):
+        raise InvalidRequest("X-Llamesh-Via must hold at most 64 node ids")
+    if origin not in via:
+        via = (*via, origin)
+    return Travel(
+        origin,
+        _number(found, b"x-llama-mesh-hops", 1 << 20) or 1,
+        via,
+        _number(found, b"x-llamesh-attempt", 1 << 20) or 0,
+        _number(found, b"x-llamesh-max-wait-ms", _MAX_MS),
+        _number(found, b"x-llamesh-deadline-ms", _MAX_MS),
+    )
+
+
+def _number(headers: dict[bytes, bytes], name: bytes, most: int) -> int | None:
+    value = headers.get(name)
+    if value is None:
+        return None
+    if not value.isdigit() or len(value) > 12:
+        raise InvalidRequest(f"{name.decode()} must be a number")
+    return min(int(value), most)
