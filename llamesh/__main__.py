@@ -13,11 +13,14 @@ from functools import partial
 from pathlib import Path
 
 import llamesh
+from llamesh.model_commands import add_commands
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a node until it is told to end; the exit code: 0, or 1 for a bad file or a taken port."""
     options = _parser().parse_args(arguments)
+    if (model_command := getattr(options, "model_command", None)) is not None:
+        return int(model_command(options))
     if options.command is not None:
         return _command(options)
     # Late: `--help` and a bad option are answered without importing the server.
@@ -167,6 +170,7 @@ def _parser() -> argparse.ArgumentParser:
         metavar="TIME",
         help="how long: 90 (seconds), 30m, 2h; `off` ends it; nothing: until `off`",
     )
+    add_commands(commands)
     _add_mesh_commands(commands)
     _add_build_command(commands)
     # After the command, too; what stands before it counts unless it is said again.
@@ -207,6 +211,8 @@ def _add_mesh_commands(commands: argparse._SubParsersAction[argparse.ArgumentPar
         "line", metavar="LINE", help="what `llamesh invite` printed; `-` asks for it or reads it"
     )
     join.add_argument("--force", action="store_true", help="replace another token or key that is here")
+
+
 def _add_build_command(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     build = commands.add_parser(
         "build",

@@ -32,6 +32,7 @@ from llamesh.local.memory import Memory
 from llamesh.local.orphans import Ledger
 from llamesh.local.pool import Pool
 from llamesh.local.ports import Ports
+from llamesh.local.weights.folder import ModelsFolder
 from llamesh.telemetry.learned import LearnedValues
 from llamesh.telemetry.logs import get_logger
 from llamesh.telemetry.prometheus import NodeCollector
@@ -166,6 +167,8 @@ class Node:
             root.start_soon(self.keeper.run)
             root.start_soon(self.builds.run)
             root.start_soon(self.store.watch)
+            if self.settings.models_dir is not None:
+                root.start_soon(ModelsFolder(self.store, self.settings.models_dir).run)
             root.start_soon(listener.run)
             root.start_soon(self._save_now_and_then)
             self._announce(sockets)

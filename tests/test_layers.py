@@ -37,7 +37,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "node": _TOP | {"cluster"},
     "command": {"config"},
     "commands": {"config", "core", "errors", "mesh", "net", "telemetry"},
-    "__main__": _TOP | {"node", "command", "commands"},
+    "model_commands": _LOWER | {"local"},
+    "__main__": _TOP | {"node", "command", "commands", "model_commands"},
 }
 
 # Clocks, chance, files, sockets, processes, threads, logs: what makes one question get another answer.

@@ -323,9 +323,10 @@ class Dispatch:
                         # It waits for something else now: whoever was to leave for it needn't.
                         pool.forgo(key)
                     break
-                case Refuse(reason):
+                case Refuse(reason, failed):
                     message = f"{key} can't run on node {self._node}: {reason}"
-                    self._send_away_or_refuse(line, NoCapacity(message))
+                    refusal = (SpawnFailed if failed else NoCapacity)(message)
+                    self._send_away_or_refuse(line, refusal)
         self._forget_if_empty(line)
 
     def _send_first_away(self, line: Line) -> bool:

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Literal
 
 import llamesh
-from llamesh.config.cookbook import Elsewhere, FromArguments, HubFile, ModelPath, Profile
+from llamesh.config.cookbook import Elsewhere, FromArguments, HubFile, ModelPath, Profile, UrlFile
 from llamesh.local.asking import ask, flags_in, version_in
 from llamesh.local.builds.record import build_behind
 from llamesh.local.process import Platform
@@ -323,6 +323,8 @@ def source_arguments(profile: Profile) -> tuple[str, ...]:
             return ("-m", path)
         case HubFile(repo, file):
             return ("--hf-repo", repo) if file is None else ("--hf-repo", repo, "--hf-file", file)
+        case UrlFile(url):
+            return ("--model-url", url)
         case FromArguments():
             return ()  # It stands among the profile's own arguments.
         case Elsewhere():

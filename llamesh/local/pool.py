@@ -26,7 +26,6 @@ from llamesh.core.capacity import (
     Never,
     Room,
     Tenant,
-    keep_value,
     over_budget,
     room,
     room_after_failure,
@@ -39,15 +38,14 @@ from llamesh.local.memory import Memory
 from llamesh.local.orphans import Ledger
 from llamesh.local.ports import Ports
 from llamesh.local.promises import Promises
+from llamesh.local.tenancy import tenant
 from llamesh.local.troubles import Trouble, Troubles
+from llamesh.local.weights import Weights, find_cache
 from llamesh.telemetry.learned import LearnedValues
 from llamesh.telemetry.logs import get_logger
 from llamesh.telemetry.stats import NodeStats
 
 log = get_logger("pool")
-
-# What loading takes where it was never measured: all that counts is that it isn't nothing.
-_RELOAD_SECONDS = 1.0
 
 
 class Pool:
@@ -66,10 +64,11 @@ class Pool:
         stats: NodeStats,
         learned: LearnedValues,
         memory: Memory,
+        weights: Weights | None = None,
         *,
         instance_type: type[Instance] = Instance,
     ) -> None:
-        """`instance_type` is for tests."""
+        """`weights`: of the cache that the environment names, unless given; `instance_type` is for tests."""
         self.engine = engine
         self._starts = engine  # what new instances run
         self.memory = memory
@@ -77,6 +76,9 @@ class Pool:
         self.on_change: Callable[[str], None] = lambda key: None
         self.queue_length: Callable[[str], int] = lambda key: 0
         self.evictions: Counter[str] = Counter()  # by reason
+        self.weights = weights or Weights(current, find_cache(os.environ))
+        self.weights.attend(self)
+        memory.locate = self.weights.located
         self._current = current
         self._ports = ports
         self._ledger = ledger
@@ -130,12 +132,14 @@ class Pool:
         """May one more instance of `profile` start? Later, too, while its size isn't known yet."""
         if self._closed:
             return Later("the node is ending")
+        if self.max_instances(profile) and (lacking := self.weights.lacking(profile)) is not None:
+            return lacking
         size = self.memory.size(profile)
         if size is None:
             self._look(profile)
             return Later(f"reading the file of {profile.key}")
-        if size.too_large:
-            return Never(size.too_large)
+        if size.too_large or size.unreachable:
+            return Never(size.too_large or size.unreachable, failed=bool(size.unreachable))
         if len(self.instances(profile.key)) >= self.max_instances(profile):
             return Later("it has all the instances it may have")
         tenants = self.tenants()
@@ -174,23 +178,17 @@ class Pool:
 
     def _tenant(self, instance: Instance, now: float, *, pinned: bool) -> Tenant:
         profile = instance.profile
-        waiters = self.queue_length(profile.key)
-        # One that has just loaded isn't idle: those it was loaded for are about to come.
-        busy = instance.busy_slots > 0 or waiters > 0
-        reload_seconds = instance.ready_after or self._learned.of(profile.key).load_seconds
         tenure = profile.min_eviction_tenure_secs
         if tenure is None:
             tenure = self._current.settings.model_defaults.min_eviction_tenure_secs
-        served = now - instance.created - instance.ready_after
-        return Tenant(
-            instance.id,
-            instance.state,
-            busy,
-            self.memory.charge(instance),
-            keep_value(reload_seconds or _RELOAD_SECONDS, 0.0 if busy else now - instance.last_used),
-            settled=served >= tenure,
+        return tenant(
+            instance,
+            now,
             pinned=pinned,
-            is_text=profile.kind == "text",
+            waiters=self.queue_length(profile.key),
+            charge=self.memory.charge(instance),
+            load_seconds=self._learned.of(profile.key).load_seconds,
+            tenure=tenure,
         )
 
     # Acting.
@@ -208,11 +206,11 @@ class Pool:
         assert nursery is not None, "the pool isn't running"  # noqa: S101
         size = self.memory.size(profile)
         context = size.context if size is not None else None
-        number, key = fixed_port(profile), profile.key
+        number, key, here = fixed_port(profile), profile.key, self.weights.located(profile)
         port = self._ports.claim(number, user=key) if number else self._ports.reserve(user=key)
         try:
             launch = build_launch(
-                profile, self._starts, host="127.0.0.1", port=port.number, context=context, on_cpu=on_cpu
+                here, self._starts, host="127.0.0.1", port=port.number, context=context, on_cpu=on_cpu
             )
         except BadArguments:
             port.close()
@@ -225,7 +223,7 @@ class Pool:
             launch,
             port,
             slot_limit=self._current.settings.model_defaults.max_concurrent_requests_per_instance,
-            need=self._need(profile, on_cpu=on_cpu),
+            need=self.memory.need(profile, on_cpu=on_cpu),
             on_cpu=on_cpu,
             ledger=self._ledger,
             environment=os.environ,
@@ -235,12 +233,9 @@ class Pool:
         self._instances.setdefault(key, []).append(instance)
         self._stats.profile(key).starts_total += 1
         nursery.start_soon(instance.run)
+        self.weights.note_use(profile)
         self.forgo(key)
         return instance
-
-    def _need(self, profile: Profile, *, on_cpu: bool) -> Need:
-        size = self.memory.size(profile)
-        return Need() if size is None else size.needed(on_cpu=on_cpu)
 
     def drain(self, ids: tuple[str, ...], reason: str, *, cause: str, may_resume: bool = False) -> None:
         """Have these instances leave after their requests. `cause`: a word for the metrics."""
@@ -263,7 +258,7 @@ class Pool:
         started or `forgo` is called.
         """
         key = profile.key
-        self._promises.make(key, self._need(profile, on_cpu=on_cpu), ids)
+        self._promises.make(key, self.memory.need(profile, on_cpu=on_cpu), ids)
         self.drain(ids, f"room for {key}", cause="room", may_resume=True)
 
     def is_making_room(self, key: str) -> bool:
@@ -311,6 +306,7 @@ class Pool:
         """Own all instances. Cancelling it kills them; use `close` for a gentle end."""
         async with trio.open_nursery() as nursery:
             self._nursery = nursery
+            await nursery.start(self.weights.run)
             task_status.started()
             try:
                 await trio.sleep_forever()
@@ -376,6 +372,7 @@ class Pool:
             self._stats.profile(key).start_failures_total += 1
             self.memory.forget(instance.profile)  # the file may be another one by now
             self.on_start(instance, False)
+            self.weights.forget(instance.profile)
             trouble, again = self._troubles.note_failed_start(instance.profile, failure, now)
             log.error(
                 "start failed",

@@ -335,3 +335,56 @@ async def test_two_profiles_of_one_file_at_the_same_time(tmp_path: Path, tiny_mo
         for profile in profiles:
             nursery.start_soon(house.look, profile)
     assert {size.source for profile in profiles if (size := house.of(profile))} == {"estimate"}
+
+
+async def test_a_file_that_hangs_is_unreachable_until_it_answers(
+    tmp_path: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "_LOOK_SECONDS", 0.05)
+    path = tmp_path / "hanging.gguf"
+    shutil.copy(tiny_model, path)
+    mount = Hanging()
+    house, profile = House(tmp_path, headers=mount), recipe(path)
+    try:
+        assert f"{path} doesn't answer" in (await house.look(profile)).unreachable
+        assert (await house.look(recipe(tiny_model))).unreachable == ""
+    finally:
+        mount.free.set()
+    with trio.fail_after(20):
+        while house.sizing._hangs(str(path)):
+            await trio.sleep(0.005)
+    assert house.of(profile) is None, "it isn't looked at again"
+    monkeypatch.setattr(module, "_LOOK_SECONDS", 10.0)
+    size = await house.look(profile)
+    assert (size.source, size.unreachable) == ("estimate", "")
+
+
+async def test_a_mount_that_goes_away_makes_what_was_known_unreachable(
+    tmp_path: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "m.gguf"
+    shutil.copy(tiny_model, path)
+    house, profile = House(tmp_path), recipe(path)
+    assert (await house.look(profile)).source == "estimate"
+    away, real = threading.Event(), module._stamp
+
+    def stamp(name: str) -> module.Stamp | None:
+        away.wait(60)
+        return real(name)
+
+    monkeypatch.setattr(module, "_stamp", stamp)
+    monkeypatch.setattr(module, "_LOOK_SECONDS", 0.05)
+    try:
+        await house.sizing.forget_replaced()
+        size = house.of(profile)
+        assert size is not None
+        assert size.unreachable
+        assert size.source == "estimate"
+    finally:
+        away.set()
+    with trio.fail_after(20):
+        while house.sizing._hangs(str(path)):
+            await trio.sleep(0.005)
+    size = house.of(profile)
+    assert size is not None
+    assert size.unreachable == ""

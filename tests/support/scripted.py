@@ -36,6 +36,7 @@ from llamesh.local.ports import Ports
 from llamesh.local.process import Child
 from llamesh.local.sizing import Size
 from llamesh.local.startup import Progress
+from llamesh.local.weights import Weights
 from llamesh.telemetry.learned import LearnedValues
 from llamesh.telemetry.stats import NodeStats
 
@@ -285,6 +286,7 @@ async def world(
     sysmem: int | None = None,
     cookbook: Iterable[Profile] = (),
     instance_type: type[Scripted] = Scripted,
+    weights: Callable[[Current], Weights] | None = None,
     **settings: Any,
 ) -> AsyncIterator[World]:
     """A running pool with a dispatcher; `plays` by model name. At the end everything is free again."""
@@ -301,6 +303,7 @@ async def world(
         stats,
         learned,
         memory,
+        weights(current) if weights is not None else None,
         instance_type=type("Staged", (instance_type,), {"stage": stage}),
     )
     dispatch = Dispatch(current, pool, learned)
