@@ -178,6 +178,16 @@ class Peers:
             self._index()
         self.on_change()
 
+    def discard(self, node: str) -> bool:
+        """Nobody knows it any more: drop all there is of it, unless something still uses it."""
+        peer = self._peers.get(node)
+        if peer is None or peer.alive or peer.in_flight or peer.wake_mac or len(peer.links):
+            return False
+        del self._peers[node]
+        if peer.offers:
+            self._index()
+        return True
+
     def _index(self) -> None:
         having: dict[str, dict[str, Offer]] = {}
         names: dict[str, str] = {}

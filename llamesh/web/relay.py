@@ -121,6 +121,7 @@ class Relay:
             except PeerRefused as error:
                 refusal = error.face
                 job.exclude(error.node)
+                outcome.retries += (refusal.type,)
                 job.broken = max(job.broken, error.broken)
                 log.info("peer refused", request_id=job.ask.request_id, peer=error.node, error=refusal.type)
             except UpstreamBroken as error:
@@ -300,6 +301,7 @@ class Relay:
     def _after_loss(self, error: UpstreamBroken, lease: Forward, job: Job) -> None:
         """The same for a peer."""
         job.lost += lease.sent
+        job.outcome.retries += ("lost",)
         log.warning("peer lost", request_id=job.ask.request_id, peer=lease.node, error=str(error))
         if self._cut(job):
             return
