@@ -113,7 +113,10 @@ class Dispatch:
         instances = self._pool.instances(key)
         index = choose(instances)
         if index < 0:
-            return None
+            if self.router is None or not isinstance(ask.profile.source, Elsewhere):
+                return None
+            # No queue, no ticket: there is nothing here to wait for.
+            return self.router.forward(ask, here=False, since=trio.current_time())
         if self.router is not None:
             forward = self.router.forward(ask, here=True, since=trio.current_time())
             if forward is not None:

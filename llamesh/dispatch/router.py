@@ -46,7 +46,13 @@ class Peers(Protocol):
     def find(self, name: str) -> Profile | None:
         """The profile that `name` means at a peer, as one that isn't run here."""
 
-    def outlooks(self, key: str, excluded: Collection[str], fingerprint: str | None = None) -> list[Outlook]:
+    def outlooks(
+        self,
+        key: str,
+        excluded: Collection[str],
+        fingerprint: str | None = None,
+        usual_load_ms: float = 0.0,
+    ) -> list[Outlook]:
         """The peers that could take a request now. `fingerprint`: only those that run just the same."""
 
     def seat(self, node: str, key: str, excluded: Collection[str]) -> Seat | None:
@@ -127,7 +133,9 @@ class Router:
             return None
         profile, excluded = ask.profile, _excluded(ask)
         same = self._needs_same(ask)
-        outlooks = self.peers.outlooks(profile.key, excluded, same)
+        # Who never loaded it is taken to need as long as we do: else it would never get to show it.
+        usual = self._learned.of(profile.key).load_seconds * 1000
+        outlooks = self.peers.outlooks(profile.key, excluded, same, usual)
         features = self._features(ask)
         if not here and outlooks and all(0 < one.n_ctx < features.prompt_tokens for one in outlooks):
             # The length is an estimate, and the engine's own answer is better than none from us.
@@ -269,7 +277,8 @@ class Router:
 
     @staticmethod
     def _narrate(ask: Ask, choice: Choice) -> None:
-        log.debug("forward", request_id=ask.request_id, profile=ask.profile.key, decision=choice.text())
+        if log.debugging:
+            log.debug("forward", request_id=ask.request_id, profile=ask.profile.key, decision=choice.text())
 
 
 def _excluded(ask: Ask) -> frozenset[str]:

@@ -53,6 +53,7 @@ class Links:
         self._ttl = session_ttl
         self._idle: list[UpstreamConnection] = []  # the one used last is at the end
         self._streams: dict[UpstreamConnection, NoiseTransport] = {}  # all of them, idle or not
+        self._fresh: set[UpstreamConnection] = set()  # parked ones that were never used
         self._parked = trio.Event()
         self._failures = 0
         self._not_before = -math.inf
@@ -108,6 +109,7 @@ class Links:
     def close(self, connection: UpstreamConnection) -> None:
         """Close one, whatever state it is in."""
         self._streams.pop(connection, None)
+        self._fresh.discard(connection)
         if connection in self._idle:
             self._idle.remove(connection)
         connection.close()
@@ -128,14 +130,19 @@ class Links:
         connection = UpstreamConnection(stream, parked=True)
         connection.idle_since = trio.current_time()
         self._streams[connection] = stream
-        self._idle.append(connection)
-        self._tell_waiters()
-        if not parked:
+        if parked:
+            # Used last: the peer replaces each at its first use, so the ones in use are to be used again.
+            self._fresh.add(connection)
+            self._idle.insert(0, connection)
+        else:
+            self._idle.append(connection)
             self._dialled()
+        self._tell_waiters()
 
     def close_all(self) -> None:
         """The peer is gone: whoever waits on one of them is told at once."""
         self._idle.clear()
+        self._fresh.clear()
         streams, self._streams = self._streams, {}
         for stream in streams.values():
             stream.close()
@@ -148,7 +155,9 @@ class Links:
             stream = self._streams[connection]
             unused = now - connection.idle_since
             old = now - stream.opened_at > self._ttl
-            if old or (spare >= KEPT and unused > _SPARE_SECONDS) or _is_closed(stream):
+            # The peer keeps so many ready on purpose, and would only dial again.
+            is_spare = spare >= KEPT and unused > _SPARE_SECONDS and connection not in self._fresh
+            if old or is_spare or _is_closed(stream):
                 self.close(connection)
 
     def try_again(self) -> None:
@@ -168,6 +177,7 @@ class Links:
             stream = self._streams[connection]
             # Looking costs a microsecond; a request on a closed one costs the request a round trip.
             if now - stream.opened_at <= self._ttl and not _is_closed(stream):
+                self._fresh.discard(connection)
                 return connection
             self.close(connection)
         return None

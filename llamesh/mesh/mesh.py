@@ -57,6 +57,9 @@ _MOST_CUT = 64
 
 _HERE = (Status.ALIVE, Status.SUSPECT)
 
+# A node that is no member, not even a dead one, is forgotten after so many seconds.
+_FORGET = 60.0
+
 
 class Mesh:
     """See the module. Set before `run`: `entries()`, this node's offers by key; `news(asker)`, how it is now;
@@ -94,6 +97,7 @@ class Mesh:
         self._nursery: trio.Nursery | None = None
         self._wake_macs: dict[Address, str] = {}  # of configured addresses, where the node may be anybody
         self._inbound: set[NoiseTransport] = set()
+        self._strangers: dict[str, float] = {}  # who is no member, and since when
         self._dialling_back: set[str] = set()
         self._hosts: tuple[str, ...] = ()
         self._is_near = False  # somebody else is on this machine
@@ -123,12 +127,16 @@ class Mesh:
         return {NODE_KEY: encode(self.greeting.entry(tuple(cut[:_MOST_CUT]))), **self.entries()}
 
     def _end_round(self) -> None:
-        members = self.membership.members()
+        members, now = self.membership.members(), trio.current_time()
         for peer in tuple(self.peers):
             peer.links.sweep()
             self._keep_true(peer, members.get(peer.node))
             if peer.alive:
                 self.parking.want(peer, peer.news.dial_back)
+            if peer.node in members:
+                self._strangers.pop(peer.node, None)
+            elif now - self._strangers.setdefault(peer.node, now) > _FORGET and self.peers.discard(peer.node):
+                del self._strangers[peer.node]
         self._inbound = {stream for stream in self._inbound if not stream.closed}
         if (hosts := self.greeting.hosts()) != self._hosts:
             self._hosts = hosts

@@ -75,12 +75,17 @@ class Parking:
         with lot.scope:
             while True:
                 lot.changed = trio.Event()
-                if len(lot.waiting) >= READY or lot.open >= MOST:
+                missing = min(READY - len(lot.waiting), MOST - lot.open)
+                if missing <= 0:
                     await lot.changed.wait()
                     continue
                 if lot.failures:
                     await trio.sleep(pause_after(lot.failures))
-                await self._park_one(lot)
+                    missing = 1
+                # At once: requests wait for them, and a handshake is several ways to and fro.
+                async with trio.open_nursery() as nursery:
+                    for _ in range(missing):
+                        nursery.start_soon(self._park_one, lot)
 
     async def _park_one(self, lot: _Lot) -> None:
         try:
@@ -88,6 +93,10 @@ class Parking:
         except CantReach as error:
             lot.failures += 1
             log.debug("can't park a connection", peer=lot.peer.node, error=str(error))
+            return
+        except Exception:
+            lot.failures += 1
+            log.exception("defect", during="parking a connection", peer=lot.peer.node)
             return
         assert self._nursery is not None  # noqa: S101 - we run in it
         scope = trio.CancelScope()

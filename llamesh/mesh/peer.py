@@ -69,14 +69,18 @@ class Peer:
         """Take in where it may be. `first`: it has answered there."""
         new = dict.fromkeys(addresses)
         known = self._addresses
-        if any(address not in known for address in new):
+        strange = [address for address in new if address not in known]
+        if strange and len(known) < _MOST_ADDRESSES:
             self.links.try_again()
         merged = {**new, **known} if first else {**known, **new}
+        # Too many: the newest hearsay is the first to be left out, but not the place where it answered.
         self._addresses = dict.fromkeys(list(merged)[:_MOST_ADDRESSES])
 
     def set_addresses(self, own: Iterable[Address], known_good: Iterable[Address]) -> None:
         """What it says itself replaces what it said before."""
-        self._addresses = {address: None for address in self._addresses if address in set(known_good)}
+        good, before = set(known_good), self._addresses
+        own = tuple(own)
+        self._addresses = dict.fromkeys([a for a in before if a in good or a in own])
         self.learn_addresses(own)
 
     def note_rtt(self, seconds: float) -> None:

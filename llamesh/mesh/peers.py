@@ -178,6 +178,16 @@ class Peers:
             self._index()
         self.on_change()
 
+    def discard(self, node: str) -> bool:
+        """Nobody knows it any more: drop all there is of it, unless something still uses it."""
+        peer = self._peers.get(node)
+        if peer is None or peer.alive or peer.in_flight or peer.wake_mac or len(peer.links):
+            return False
+        del self._peers[node]
+        if peer.offers:
+            self._index()
+        return True
+
     def _index(self) -> None:
         having: dict[str, dict[str, Offer]] = {}
         names: dict[str, str] = {}
@@ -232,8 +242,16 @@ class Peers:
         """Every profile of the peers: its key in lower case, and who offers it."""
         yield from self._having.items()
 
-    def outlooks(self, key: str, excluded: Collection[str], fingerprint: str | None = None) -> list[Outlook]:
-        """The peers that could take a request for "model:profile" now. `fingerprint`: only equal ones."""
+    def outlooks(
+        self,
+        key: str,
+        excluded: Collection[str],
+        fingerprint: str | None = None,
+        usual_load_ms: float = 0.0,
+    ) -> list[Outlook]:
+        """The peers that could take a request for "model:profile" now. `fingerprint`: only equal ones;
+        `usual_load_ms`: what a load takes where that isn't known of the peer itself, 0 = unknown.
+        """
         now = trio.current_time()
         found = []
         for node, offer in self._having.get(key.casefold(), {}).items():
@@ -245,7 +263,7 @@ class Peers:
             via = self._way_to(peer, excluded)
             if via is None or (peer.alive and peer.closed):
                 continue
-            found.append(_outlook(peer, via, offer))
+            found.append(_outlook(peer, via, offer, usual_load_ms))
         return found
 
     def fingerprint(self, key: str) -> str:
@@ -301,7 +319,7 @@ class Peers:
         return peer if peer.links.reachable else None
 
 
-def _outlook(peer: Peer, via: Peer, offer: Offer) -> Outlook:
+def _outlook(peer: Peer, via: Peer, offer: Offer, usual_load_ms: float) -> Outlook:
     """The peer as a candidate: what it told last about others' requests, and our own as they are now."""
     situation = peer.situation(offer.key)
     # What the peer tells us leaves our own requests out, so the two add up whenever that was.
@@ -315,7 +333,7 @@ def _outlook(peer: Peer, via: Peer, offer: Offer) -> Outlook:
         sent=peer.in_flight.get(offer.key, 0),
         loading_left_ms=situation.loading_left_ms,
         loading_slots=situation.loading_slots,
-        load_ms=None if situation.room_ms is None else offer.load_ms,
+        load_ms=None if situation.room_ms is None else offer.load_ms or usual_load_ms,
         room_ms=situation.room_ms or 0.0,
         wake_ms=0.0 if peer.alive else _WAKE_MS,
         slots_per_instance=offer.n_slots,

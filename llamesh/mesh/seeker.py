@@ -161,6 +161,8 @@ class Seeker:
     async def _try(self, target: _Target) -> None:
         try:
             addresses = tuple(a for a in target.addresses if a not in self._own)
+            if not addresses:
+                return  # dropped before this task came to its turn
             try:
                 stream = await self._dialler.dial(addresses, node=target.node)
             except CantReach as error:

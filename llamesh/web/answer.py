@@ -63,6 +63,7 @@ class Outcome:
     first_byte_seconds: float | None = None
     attempts: int = 0
     error: str = ""  # an error's type, "cut" or "cancelled"; empty for an answer that was relayed whole
+    retries: tuple[str, ...] = ()  # why forwards came to nothing: an error's type, or "lost"
     usage: Usage = field(default_factory=Usage)
 
 

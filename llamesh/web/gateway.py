@@ -176,6 +176,10 @@ class Gateway:
         seconds = trio.current_time() - inbound.started
         usage = outcome.usage
         failed = (bool(outcome.error) and outcome.error != "cancelled") or outcome.status >= 400
+        if outcome.node and not failed:
+            self.stats.count_served(outcome.node)
+        if outcome.retries:
+            self.stats.forward_retries.update(outcome.retries)
         if stats is None:
             self.stats.rejected[outcome.error or "cancelled"] += 1
         else:

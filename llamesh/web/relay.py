@@ -18,7 +18,6 @@ Rules
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from typing import NoReturn
@@ -122,6 +121,7 @@ class Relay:
             except PeerRefused as error:
                 refusal = error.face
                 job.exclude(error.node)
+                outcome.retries += (refusal.type,)
                 job.broken = max(job.broken, error.broken)
                 log.info("peer refused", request_id=job.ask.request_id, peer=error.node, error=refusal.type)
             except UpstreamBroken as error:
@@ -168,10 +168,9 @@ class Relay:
             fresh = job.outcome.attempts > 1 and isinstance(lease, Lease)
             connection = await lease.connect(fresh=fresh)
             request = self._request(lease, job)
-            parts = job.inbound.body.parts()
             under_way = True
             try:
-                await self._ask(connection, request, parts, lease, job)
+                await self._ask(connection, request, lease, job)
             except UpstreamBroken as error:
                 if error.started or not connection.served:
                     raise
@@ -179,7 +178,7 @@ class Relay:
                 connection.close()
                 connection = None
                 connection = await lease.connect(fresh=True)
-                await self._ask(connection, request, parts, lease, job)
+                await self._ask(connection, request, lease, job)
             while not connection.response.has_head:
                 await self._await_head(connection, lease, job)
             if isinstance(lease, Forward):
@@ -216,14 +215,8 @@ class Relay:
                 )
             await self._say_what_for(job, job.inbound.waiting_for())
 
-    async def _ask(
-        self,
-        connection: UpstreamConnection,
-        request: bytes,
-        parts: Sequence[bytes | memoryview],
-        lease: AnyLease,
-        job: Job,
-    ) -> None:
+    async def _ask(self, connection: UpstreamConnection, request: bytes, lease: AnyLease, job: Job) -> None:
+        parts = job.inbound.body.parts()
         if isinstance(lease, Forward):
             job.inbound.waiting_for = partial("waiting for node {}".format, lease.node)
             connection.on_interim = job.hear_progress
@@ -308,6 +301,7 @@ class Relay:
     def _after_loss(self, error: UpstreamBroken, lease: Forward, job: Job) -> None:
         """The same for a peer."""
         job.lost += lease.sent
+        job.outcome.retries += ("lost",)
         log.warning("peer lost", request_id=job.ask.request_id, peer=lease.node, error=str(error))
         if self._cut(job):
             return

@@ -52,9 +52,9 @@ async def test_many_requests_at_once_go_over_parked_connections(tmp_path: Path) 
         await world.joined(a, b)
         await world.until(lambda: b.mesh.parking.count("a") >= 2, "b parks")
         async with trio.open_nursery() as nursery:
-            for _ in range(12):
+            for _ in range(8):
                 nursery.start_soon(a.ask, "b")
-        assert b.served == 12
+        assert b.served == 8
 
 
 async def test_a_third_node_leads_where_the_direct_way_is_cut(tmp_path: Path) -> None:
@@ -80,9 +80,7 @@ async def test_a_third_node_leads_where_the_direct_way_is_cut(tmp_path: Path) ->
             )
             assert "c" not in a.mesh.peers.of("b").entry.cut
             await world.rounds(a, 20)
-            assert a.sees("b", "c")
-            assert b.sees("a", "c")
-            assert c.sees("a", "b")
+            await world.joined(a, b, c)
         a.mesh.peers.of("b").links.try_again()
         b.mesh.peers.of("a").links.try_again()
         await world.until(lambda: way(a, b) == "b" and way(b, a) == "a", "they reach each other again")

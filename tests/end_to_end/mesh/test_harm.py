@@ -100,7 +100,7 @@ async def tapped_pair(tmp_path: Path, **behaviour: object) -> AsyncIterator[tupl
 
 
 async def test_a_harmed_link_is_an_error_to_who_uses_it_and_no_more(tmp_path: Path) -> None:
-    """A bit is flipped, or the stream ends in order before its end: only the encryption can tell the latter."""
+    """A bit is flipped, or a stream ends in order and too soon: only the encryption can tell the latter."""
     gate = tmp_path / "gate"
     async with tapped_pair(tmp_path, slots=2, gate=str(gate), gate_after=1) as (mesh, a, b, tap):
         for harm in (Flow.flip, Flow.truncate):
@@ -174,7 +174,9 @@ async def test_a_stalled_link_is_given_up_and_another_way_taken(tmp_path: Path) 
         "node-b": fakes(tmp_path / "b", m={}),
         "node-c": fakes(tmp_path / "c", m={}),
     }
-    async with running_mesh(tmp_path, cookbooks, tapped=True, binary_path=FAKE_LLAMA_SERVER) as mesh:
+    # Longer than the second after which a peer that waits says so.
+    config = {"upstream_read_timeout_ms": 3000}
+    async with running_mesh(tmp_path, cookbooks, config, tapped=True, binary_path=FAKE_LLAMA_SERVER) as mesh:
         a = mesh["node-a"]
         await mesh.wait_joined()
         for name in ("node-b", "node-c"):

@@ -273,7 +273,7 @@ async def test_bursts_spread_and_who_waits_too_long_goes_elsewhere(tmp_path: Pat
                 assert (await member.ask("slow")).node == member.id
             for _ in range(20):
                 assert (await member.ask("quick")).node == member.id
-        # Of the quick one, answers took a millisecond so far: waiting for one seems cheap, until it doesn't end.
+        # Answers of the quick one took a millisecond: waiting for one seems cheap, until it doesn't end.
         for model in ("slow", "quick"):
             gate.unlink()
             served: list[str] = []
