@@ -293,14 +293,13 @@ def test_no_range_is_asked_for_that_is_there(tmp_path: Path) -> None:
     assert source.sent == len(CONTENT) - there.total
 
 
+@dataclass
 class Counted(Played):
     """Counts its connections, and sends nothing before there are `least`."""
 
-    least = 1
-
-    def __post_init__(self) -> None:
-        self.channels = 0
-        self.enough = threading.Event()
+    least: int = 1
+    channels: int = 0
+    enough: threading.Event = field(default_factory=threading.Event)
 
     def channel(self) -> Played:
         with self.lock:
@@ -316,8 +315,7 @@ class Counted(Played):
 
 def test_a_slow_source_gets_more_connections(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "_FAST_RATE", 1e18)
-    source = Counted()
-    source.least = 3
+    source = Counted(least=3)
     run(download(tmp_path, source, connections=3))
     assert source.channels == 3
 
