@@ -38,6 +38,11 @@ TRIES = 6
 FIRST_PAUSE = 0.5
 _MOST_PAUSE = 15.0
 
+# Another connection joins when those that there are bring less than this (bytes a second) after so long.
+# Where one is fast (this machine, a LAN), several would only take each other's time.
+_FAST_RATE = 200e6
+_JOIN_AFTER_SECONDS = 0.3
+
 _JOURNAL_SECONDS = 2.0
 _JOIN_SECONDS = 5.0
 # Small enough to stay in the processor's cache between one copy and the next: twice as fast as 4 MiB.
@@ -60,9 +65,10 @@ class Download:
         connections: int = CONNECTIONS,
         piece: int = PIECE_BYTES,
         first_pause: float = FIRST_PAUSE,
+        join_after: float = _JOIN_AFTER_SECONDS,
     ) -> None:
         """`make_digest`: a new digest, or one from a saved state; `expected`: what it must come to.
-        `what` names the file in messages. The part is the caller's to close.
+        `what` names the file in messages. The part is the caller's to close. The rest is for tests.
         """
         self.have = self._saved = part.ranges.total
         self._source = source
@@ -73,6 +79,8 @@ class Download:
         self._connections = connections if part.size >= min(PARALLEL_BYTES, 4 * piece) else 1
         self._piece = piece
         self._first_pause = first_pause
+        self._join_after = join_after
+        self._threads: list[threading.Thread] = []
         self._changed = threading.Condition()
         self._hash_lock = threading.Lock()
         self._halt = threading.Event()
@@ -91,14 +99,14 @@ class Download:
         """
         part = self._part
         self._pieces.extend(pieces(part.ranges.gaps(part.size), self._piece))
-        count = min(self._connections, max(1, len(self._pieces)))
-        threads = [self._thread(self._hash, "hash")]
-        threads += [self._thread(self._fetch_pieces, f"fetch-{number}") for number in range(count)]
+        self._connections = min(self._connections, max(1, len(self._pieces)))
+        self._start(self._hash)
+        self._start(self._fetch_pieces)
         try:
-            self._keep_journal()
+            self._look_after()
         finally:
             self.stop()
-            for thread in threads:
+            for thread in self._threads:
                 thread.join(_JOIN_SECONDS)
         if isinstance(self._error, WrongContent):
             part.discard()
@@ -127,9 +135,11 @@ class Download:
 
     # The thread of `run`.
 
-    def _keep_journal(self) -> None:
+    def _look_after(self) -> None:
+        """Note what is there now and then, and add connections, until it is over."""
         due = time.monotonic() + _JOURNAL_SECONDS
         try:
+            self._add_connections()
             while not self._halt.is_set() and not self._is_whole():
                 self._over.wait(max(0.0, due - time.monotonic()))
                 if time.monotonic() >= due:
@@ -142,6 +152,15 @@ class Download:
             if self.have != self._saved and not self._is_whole():
                 with suppress(WeightsError):
                     self._save()
+
+    def _add_connections(self) -> None:
+        for _ in range(1, self._connections):
+            had, began = self.have, time.monotonic()
+            if self._over.wait(self._join_after) or not self._pieces or not self._source.ranges:
+                return
+            if self.have - had > _FAST_RATE * (time.monotonic() - began):
+                return
+            self._start(self._fetch_pieces)
 
     def _save(self) -> None:
         # First what is hashed, then what is there: never more hash than bytes.
@@ -280,7 +299,7 @@ class Download:
                 return self._make_digest(part.state)
         return self._make_digest(None)
 
-    def _thread(self, work: Callable[[], None], name: str) -> threading.Thread:
+    def _start(self, work: Callable[[], None]) -> None:
         def guarded() -> None:
             try:
                 work()
@@ -288,9 +307,9 @@ class Download:
                 self._fail(error)
 
         # A daemon: a disk that hangs must not keep the program from ending.
-        thread = threading.Thread(target=guarded, name=f"llamesh-{name}", daemon=True)
+        thread = threading.Thread(target=guarded, name=f"llamesh-{work.__name__}", daemon=True)
         thread.start()
-        return thread
+        self._threads.append(thread)
 
     def _fail(self, error: BaseException) -> None:
         if self._error is None:

@@ -14,6 +14,7 @@ import pytest
 
 from llamesh.core.ranges import Ranges
 from llamesh.local.weights import digest
+from llamesh.local.weights import download as module
 from llamesh.local.weights.download import TRIES, Download
 from llamesh.local.weights.errors import (
     DiskFull,
@@ -93,6 +94,7 @@ def download(
         connections=connections,
         piece=PIECE,
         first_pause=0.001,
+        join_after=0.0,
     )
 
 
@@ -289,3 +291,37 @@ def test_no_range_is_asked_for_that_is_there(tmp_path: Path) -> None:
     run(download(tmp_path, source, connections=2))
     assert (tmp_path / "f").read_bytes() == CONTENT
     assert source.sent == len(CONTENT) - there.total
+
+
+@dataclass
+class Counted(Played):
+    """Counts its connections, and sends nothing before there are `least`."""
+
+    least: int = 1
+    channels: int = 0
+    enough: threading.Event = field(default_factory=threading.Event)
+
+    def channel(self) -> Played:
+        with self.lock:
+            self.channels += 1
+            if self.channels >= self.least:
+                self.enough.set()
+        return self
+
+    def open(self, start: int, end: int) -> PlayedBody:
+        assert self.enough.wait(20), "no more connections came"
+        return super().open(start, end)
+
+
+def test_a_slow_source_gets_more_connections(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "_FAST_RATE", 1e18)
+    source = Counted(least=3)
+    run(download(tmp_path, source, connections=3))
+    assert source.channels == 3
+
+
+def test_a_fast_source_has_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "_FAST_RATE", -1.0)
+    source = Counted()
+    run(download(tmp_path, source, connections=3))
+    assert source.channels == 1
