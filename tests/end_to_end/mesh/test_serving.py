@@ -10,7 +10,7 @@ import httpx
 import pytest
 import trio
 
-from tests.end_to_end.cookbooks import cookbook, profile, shape, wait_running
+from tests.end_to_end.cookbooks import cookbook, profile, shape, wait_document, wait_running
 from tests.end_to_end.mesh.parts import NO_MODELS, fakes, stats, wait_stats
 from tests.support.fake import FAKE_LLAMA_SERVER
 from tests.support.mesh import running_mesh
@@ -94,10 +94,10 @@ async def test_prewarm_reaches_a_peer(tmp_path: Path) -> None:
         for body in ({"model": "only", "node": "node-c"}, {"model": "only", "node": "node-x"}):
             refused = await a.node.client.post("/admin/prewarm", json=body)
             assert refused.status_code in (400, 404), (body, refused.text)
-        # What is warm is asked first.
+        # What is warm is asked first, as soon as that is heard of.
+        await wait_document(a.node, "/cluster/nodes", lambda d: d["nodes"]["node-c"]["active_instances"] == 1)
         assert (await a.ask("m")).node == "node-c"
-        states = await a.models()
-        assert states["only"]["status"]["value"] == "loaded"
+        await wait_document(a.node, "/v1/models/only", lambda d: d["status"]["value"] == "loaded")
 
 
 async def test_what_travels_and_what_stays(tmp_path: Path) -> None:
