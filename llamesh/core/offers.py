@@ -80,7 +80,8 @@ class Situation(msgspec.Struct, frozen=True, omit_defaults=True):
     slots: of its ready instances; others: requests there, running or waiting, that the peer who is
     told did not send itself (it knows its own better); loading_left_ms: until an instance that loads
     is ready, None when none loads; loading_slots: what that will bring; room_ms: what making
-    room for one more instance takes, None when there can't be one more now; failing: starts of it fail.
+    room for one more instance takes, None when there can't be one more now; download_ms: until its
+    weights are on that disk; failing: starts of it fail.
     """
 
     slots: _Count = 0
@@ -88,6 +89,7 @@ class Situation(msgspec.Struct, frozen=True, omit_defaults=True):
     loading_left_ms: _Amount | None = None
     loading_slots: _Count = 0
     room_ms: _Amount | None = 0.0
+    download_ms: _Amount = 0.0
     failing: bool = False
 
 

@@ -33,6 +33,9 @@ log = get_logger("router")
 # An idle instance that has to leave first is gone after this long; a busy one after its requests, too.
 _LEAVES_MS = 100.0
 
+# What a download takes before anything is known about it: a few gigabytes over a good line.
+_DOWNLOAD_MS = 120_000.0
+
 # Looking into a model's file takes about this long.
 _LOOK_MS = 20.0
 
@@ -212,6 +215,7 @@ class Router:
             loading_slots=now.loading_slots,
             load_ms=None if now.room_ms is None else learned.load_seconds * 1000,
             room_ms=now.room_ms or 0.0,
+            download_ms=now.download_ms,
             slots_per_instance=learned.n_slots,
             service_ms=speeds.service_ms,
             prefill_ms_per_token=speeds.prefill_ms,
@@ -247,18 +251,35 @@ class Router:
         if origin:
             others = max(0, others - self.requests[origin, key])
         profile = self._current.cookbook.find(key)
+        if profile is not None and profile.key != key:
+            profile = None
         trouble = self._pool.trouble(key)
         return Situation(
             slots=slots,
             others=others,
             loading_left_ms=left,
             loading_slots=loading_slots,
-            room_ms=self._room_ms(profile) if profile is not None and profile.key == key else None,
+            room_ms=self._room_ms(profile) if profile is not None else None,
+            download_ms=self._download_ms(profile) if profile is not None else 0.0,
             failing=trouble is not None and trouble.exhausted and not slots,
         )
 
+    def _download_ms(self, profile: Profile) -> float:
+        """Until its weights are here. Only asks: who looks must not start to fetch them."""
+        weights = self._pool.weights
+        if weights.is_here(profile):
+            return 0.0
+        progress = weights.progress(profile)
+        left = progress.eta_seconds if progress is not None else None
+        return _DOWNLOAD_MS if left is None else left * 1000
+
     def _room_ms(self, profile: Profile) -> float | None:
         """What making room for one more instance would take; None when there can't be one now."""
+        if self._pool.max_instances(profile) < 1:
+            return None
+        if not self._pool.weights.is_here(profile):
+            # How large it is shows when it has come.
+            return None if self._pool.weights.failure(profile) is not None else 0.0
         if len(self._pool.instances(profile.key)) >= self._pool.max_instances(profile):
             return None
         match self._pool.room(profile):

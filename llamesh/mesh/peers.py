@@ -335,6 +335,7 @@ def _outlook(peer: Peer, via: Peer, offer: Offer, usual_load_ms: float) -> Outlo
         loading_slots=situation.loading_slots,
         load_ms=None if situation.room_ms is None else offer.load_ms or usual_load_ms,
         room_ms=situation.room_ms or 0.0,
+        download_ms=situation.download_ms,
         wake_ms=0.0 if peer.alive else _WAKE_MS,
         slots_per_instance=offer.n_slots,
         service_ms=offer.service_ms,

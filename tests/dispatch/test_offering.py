@@ -158,3 +158,15 @@ async def test_the_size_of_the_weights_counts(tmp_path: Path) -> None:
                     await trio.sleep(0.01)
             nursery.cancel_scope.cancel()
         assert len({some.fingerprint(each) for each in profiles}) == 3
+
+
+async def test_telling_how_it_is_fetches_nothing(autojump_clock: MockClock) -> None:
+    """Whoever probes asks about every profile: that mustn't start their downloads."""
+    absent = Profile("h", "default", "", "", HubFile("owner/name", None))
+    async with neighbourhood({}, [absent]) as a:
+        news = offering(a).news("b")
+        situation = news.profiles["h:default"]
+        assert situation.room_ms == 0
+        assert situation.download_ms > 0
+        assert a.router.outlook(absent, ahead=0).download_ms == situation.download_ms
+        assert a.here.pool.weights.progress(absent) is None
