@@ -20,7 +20,6 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 from functools import partial
-from typing import NoReturn
 
 import trio
 
@@ -48,6 +47,11 @@ _MAX_LOST = 3
 # How long a broken instance may take to be reaped, so that its last words are known.
 _REAP_SECONDS = 1.0
 
+# Until its answer begins, a peer says once in one or two seconds what it waits for. One that is silent for
+# longer, in seconds, is cut off from us though its machine may live; nothing shorter can be asked of it.
+_PEER_SILENCE = 15.0
+_PEER_SPEAKS = 3.0
+
 # A refusal is read whole, for its message; none is longer, and it comes in one piece.
 _REFUSAL_BYTES = 65_536
 _REFUSAL_SECONDS = 5.0
@@ -69,7 +73,8 @@ class Relay:
         self._node_header = settings.node_id.encode()
         self._key_header = settings.auth.required_header.lower().encode()
         self._keepalive = settings.http.stream_keepalive_seconds or math.inf
-        self._silence_ms = settings.upstream_read_timeout_ms
+        silence = self._silence_ms = settings.upstream_read_timeout_ms
+        self._peer_silence = max(_PEER_SPEAKS, silence / 1000) if silence else _PEER_SILENCE
         self._duration_ms = settings.model_defaults.max_request_duration_ms
 
     async def run(self, job: Job) -> None:
@@ -185,7 +190,7 @@ class Relay:
                 await self._take_refusal(connection, lease, job)
             headers = self._own_headers(job, lease, connection.response.headers)
             # For each piece of a stream: nothing between it and the read that isn't needed.
-            read = partial(self._read, connection, lease, job) if self._silence_ms else connection.read
+            read = partial(self._read, connection, job) if self._silence_ms else connection.read
             await pass_answer(connection, job, headers, read)
             complete = True
         except PeerRefused:
@@ -227,21 +232,22 @@ class Relay:
             return
         await connection.send(request, parts)
         # No frame more than needed: this is the hot path.
-        await (self._read(connection, lease, job) if self._silence_ms else connection.read())
+        await (self._read(connection, job) if self._silence_ms else connection.read())
 
     async def _await_head(self, connection: UpstreamConnection, lease: AnyLease, job: Job) -> None:
         """One read before the answer begins. A client that streams hears what a peer is waiting for."""
-        if isinstance(lease, Lease) or not self._comments(job):
-            await self._read(connection, lease, job)
+        if isinstance(lease, Lease):
+            await self._read(connection, job)
             return
         # The peer's silence goes on while we speak.
-        silent_at = job.heard + self._silence_ms / 1000 if self._silence_ms else math.inf
-        with trio.move_on_at(min(silent_at, job.spoke + self._keepalive)) as scope:
+        silent_at = job.heard + self._peer_silence
+        speak_at = job.spoke + self._keepalive if self._comments(job) else math.inf
+        with trio.move_on_at(min(silent_at, speak_at)) as scope:
             await connection.read()
             job.heard = trio.current_time()
         if scope.cancelled_caught:
             if trio.current_time() >= silent_at:
-                self._fell_silent(connection, lease, job)
+                raise UpstreamBroken(f"said nothing for {self._peer_silence:g} s", started=True)
             await self._say_what_for(job, job.inbound.waiting_for())
 
     async def _take_refusal(self, connection: UpstreamConnection, lease: Forward, job: Job) -> None:
@@ -262,21 +268,16 @@ class Relay:
             raise UpstreamBroken("a refusal without end", started=True)
         raise PeerRefused(lease.node, kind, body, heard_attempts(response.headers))
 
-    async def _read(self, connection: UpstreamConnection, lease: AnyLease, job: Job) -> None:
+    async def _read(self, connection: UpstreamConnection, job: Job) -> None:
         if not self._silence_ms:
             await connection.read()
             return
         with trio.move_on_after(self._silence_ms / 1000) as scope:
             await connection.read()
         if scope.cancelled_caught:
-            self._fell_silent(connection, lease, job)
-
-    def _fell_silent(self, connection: UpstreamConnection, lease: AnyLease, job: Job) -> NoReturn:
-        what = f"was silent for upstream_read_timeout_ms ({self._silence_ms} ms)"
-        # Another peer may answer; another instance of ours would be as silent.
-        if connection.response.has_head or isinstance(lease, Lease):
+            what = f"was silent for upstream_read_timeout_ms ({self._silence_ms} ms)"
             self._too_late(what, job)
-        raise UpstreamBroken(what, started=True)
+            raise UpstreamBroken(what, started=True)
 
     async def _after_break(self, error: UpstreamBroken, lease: Lease, job: Job) -> None:
         """Return to try again (or, when the answer had begun, to give up). Raises UpstreamError."""

@@ -224,8 +224,9 @@ async def test_an_endless_wait_ends_with_the_deadline(autojump_clock: MockClock)
 async def test_pings_for_those_who_ignore_comments(autojump_clock: MockClock) -> None:
     async def slow(talk: Talk) -> None:
         await talk.request()
-        await talk.progress("loading")
-        await trio.sleep(25)
+        for _ in range(25):
+            await talk.progress("loading")
+            await trio.sleep(1)
         await talk.refuse("queue_timeout", message="too long")
         await talk.gone()
 
@@ -238,10 +239,24 @@ async def test_pings_for_those_who_ignore_comments(autojump_clock: MockClock) ->
         assert (rest, answer.finished) == (b"", True)
 
 
+async def test_a_peer_that_says_nothing_at_all_is_left(autojump_clock: MockClock) -> None:
+    """A waiting peer speaks each second; a link that silently died must not hold a request for ever."""
+
+    async def mute(talk: Talk) -> None:
+        await talk.request()
+        await talk.gone()
+
+    async with neighbourhood() as a:
+        a.peer("b", KEY, part=mute)
+        answer = await a.ask(chat("m"))
+        assert trio.current_time() == pytest.approx(15, abs=1.5)
+        assert answer.status >= 500
+
+
 async def test_a_late_error_is_an_event(autojump_clock: MockClock) -> None:
     async def slow(talk: Talk) -> None:
         await talk.request()
-        await trio.sleep(15)
+        await trio.sleep(14)
         await talk.answer(500, b'{"error":{"message":"the far model broke","type":"server_error"}}')
         await talk.gone()
 

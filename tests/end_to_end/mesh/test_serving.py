@@ -95,7 +95,9 @@ async def test_prewarm_reaches_a_peer(tmp_path: Path) -> None:
             refused = await a.node.client.post("/admin/prewarm", json=body)
             assert refused.status_code in (400, 404), (body, refused.text)
         # What is warm is asked first, as soon as that is heard of.
-        await wait_document(a.node, "/cluster/nodes", lambda d: d["nodes"]["node-c"]["active_instances"] == 1)
+        await wait_document(
+            a.node, "/cluster/nodes", lambda d: d["nodes"]["node-c"]["loaded_models"] == ["m:default"]
+        )
         assert (await a.ask("m")).node == "node-c"
         await wait_document(a.node, "/v1/models/only", lambda d: d["status"]["value"] == "loaded")
 
