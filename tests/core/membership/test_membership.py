@@ -262,7 +262,10 @@ def test_an_exchange_that_never_agrees_ends_all_the_same() -> None:
 
 
 def test_many_members_come_over_in_one_exchange_within_the_budget() -> None:
-    one, other = member("a", message_budget=8192, max_steps=1000), member("b", message_budget=8192, max_steps=1000)
+    one, other = (
+        member("a", message_budget=8192, max_steps=1000),
+        member("b", message_budget=8192, max_steps=1000),
+    )
     for number in range(300):
         name = f"node-{number}-{'x' * (number % 50)}"
         writes = [[f"k{key}", key + 2, "y" * (number * key % 97)] for key in range(number % 9)]
