@@ -49,9 +49,17 @@ class Clients:
         self.answered = 0
         self.failed: list[str] = []
         self.stopped = False
+        self._there = 0
 
     async def ask(self, *, kept: bool) -> None:
         """Until `stopped`, or a failure."""
+        self._there += 1
+        try:
+            await self._ask(kept=kept)
+        finally:
+            self._there -= 1
+
+    async def _ask(self, *, kept: bool) -> None:
         headers = {} if kept else {"connection": "close"}
         async with httpx.AsyncClient(
             base_url=self.url, headers=headers, trust_env=False, timeout=PATIENCE_SECONDS
@@ -66,6 +74,10 @@ class Clients:
                     self.failed.append(f"kept={kept} after {self.answered}: {reply.status_code} {reply.text}")
                     return
                 self.answered += 1
+
+    async def wait_gone(self) -> None:
+        """Wait until all have their last answer."""
+        await wait_until(lambda: not self._there, "a client gets no answer")
 
     async def wait_answered(self, more: int) -> None:
         """Wait for so many more answers."""
@@ -89,6 +101,7 @@ async def test_a_restart_fails_no_request(tmp_path: Path, manager: Manager) -> N
                 await clients.wait_answered(30)
                 if life == 2:
                     clients.stopped = True
+                    await clients.wait_gone()
                 assert await node.stop() == 0
                 assert node.errors == []
     assert clients.failed == []
