@@ -214,7 +214,7 @@ class Node:
     async def _shut_down(self, signals: AsyncIterator[signal.Signals], listener: Listener) -> None:
         grace = self.store.current.settings.shutdown_grace_period_seconds
         log.info("draining", grace_seconds=grace, running=self.stats.current_requests)
-        self.notifier.stopping(f"finishing {self._status()}", grace + 2 * _LAST_SECONDS)
+        self.notifier.stopping(f"finishing: {self._status()}", grace + 2 * _LAST_SECONDS)
         self.dispatch.shutting_down = not self.handed_on
         self.lane.closing = True
         async with trio.open_nursery() as nursery:
@@ -266,7 +266,8 @@ class Node:
         """This node in a line, for the service manager."""
         models, running = len(self.store.current.cookbook.profiles), self.stats.current_requests
         waiting, mistake = self.dispatch.queue_length(), self.store.problems is not None
-        text = f"{models} models, {len([*self.pool.all()])} instances, {running} requests ({waiting} wait)"
+        instances = len([*self.pool.all()])
+        text = f"profiles {models}, instances {instances}, requests {running}, of them waiting {waiting}"
         return f"{text}; a file has a mistake, see the log" if mistake else text
 
     async def _save_now_and_then(self) -> None:

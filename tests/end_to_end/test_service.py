@@ -26,6 +26,7 @@ from tests.end_to_end.cookbooks import (
     profile,
     wait_running,
 )
+from tests.support.clients import Clients
 from tests.support.fake import FAKE_LLAMA_SERVER, fake_profile_file
 from tests.support.node import PATIENCE_SECONDS, prepare, running_node, wait_until
 from tests.support.service import Manager
@@ -39,52 +40,6 @@ def manager(tmp_path: Path) -> Iterator[Manager]:
 
 def faked(tmp_path: Path, **behaviour: Any) -> dict[str, Any]:
     return cookbook(m=profile(fake_profile_file(tmp_path, "m", **behaviour), "-np 4"))
-
-
-class Clients:
-    """Clients that ask without a pause, one on a new connection each time, one on a kept one."""
-
-    def __init__(self, url: str) -> None:
-        self.url = url
-        self.answered = 0
-        self.failed: list[str] = []
-        self.stopped = False
-        self._there = 0
-
-    async def ask(self, *, kept: bool) -> None:
-        """Until `stopped`, or a failure."""
-        self._there += 1
-        try:
-            await self._ask(kept=kept)
-        finally:
-            self._there -= 1
-
-    async def _ask(self, *, kept: bool) -> None:
-        headers = {} if kept else {"connection": "close"}
-        async with httpx.AsyncClient(
-            base_url=self.url, headers=headers, trust_env=False, timeout=PATIENCE_SECONDS
-        ) as client:
-            while not self.stopped:
-                try:
-                    reply = await client.post(CHAT, json=chat("m", stream=self.answered % 2 == 0))
-                except httpx.HTTPError as error:
-                    self.failed.append(f"kept={kept} after {self.answered}: {error!r}")
-                    return
-                if reply.status_code != 200:
-                    self.failed.append(f"kept={kept} after {self.answered}: {reply.status_code} {reply.text}")
-                    return
-                self.answered += 1
-
-    async def wait_gone(self) -> None:
-        """Wait until all have their last answer."""
-        await wait_until(lambda: not self._there, "a client gets no answer")
-
-    async def wait_answered(self, more: int) -> None:
-        """Wait for so many more answers."""
-        wanted = self.answered + more
-        await wait_until(
-            lambda: self.answered >= wanted or bool(self.failed), lambda: f"{self.answered} of {wanted}"
-        )
 
 
 async def test_a_restart_fails_no_request(tmp_path: Path, manager: Manager) -> None:
@@ -148,14 +103,18 @@ async def test_what_the_manager_is_told_and_children_arent(tmp_path: Path, manag
     env = {"WATCHDOG_USEC": "200000"}
     settings = {"shutdown_grace_period_seconds": 7}
     recipes = faked(tmp_path)
+    loaded = "profiles 1, instances 1, requests 0, of them waiting 0"
     async with manager.running(
         tmp_path / "node", recipes, settings, binary_path=FAKE_LLAMA_SERVER, env=env
     ) as node:
         await manager.wait_told("READY")
-        assert manager.told[0] == {"READY": "1", "STATUS": "1 models, 0 instances, 0 requests (0 wait)"}
+        assert manager.told[0] == {
+            "READY": "1",
+            "STATUS": "profiles 1, instances 0, requests 0, of them waiting 0",
+        }
         await ask_well(node, "m")
         await wait_until(
-            lambda: "1 models, 1 instances, 0 requests (0 wait)" in [m.get("STATUS") for m in manager.hear()],
+            lambda: loaded in [m.get("STATUS") for m in manager.hear()],
             lambda: str(manager.told),
         )
         await manager.wait_told("WATCHDOG", count=3)
@@ -169,7 +128,7 @@ async def test_what_the_manager_is_told_and_children_arent(tmp_path: Path, manag
         assert await node.stop() == 0
     [end] = [message for message in manager.hear() if "STOPPING" in message]
     assert end["EXTEND_TIMEOUT_USEC"] == "37000000"
-    assert end["STATUS"] == "finishing 1 models, 1 instances, 0 requests (0 wait)"
+    assert end["STATUS"] == f"finishing: {loaded}"
     assert manager.kinds() == ["READY", "STOPPING"]
 
 
