@@ -108,10 +108,8 @@ async def test_what_the_manager_is_told_and_children_arent(tmp_path: Path, manag
         tmp_path / "node", recipes, settings, binary_path=FAKE_LLAMA_SERVER, env=env
     ) as node:
         await manager.wait_told("READY")
-        assert manager.told[0] == {
-            "READY": "1",
-            "STATUS": "profiles 1, instances 0, requests 0, of them waiting 0",
-        }
+        empty = "profiles 1, instances 0, requests 0, of them waiting 0"
+        assert manager.told[0] == {"READY": "1", "STATUS": empty}
         await ask_well(node, "m")
         await wait_until(
             lambda: loaded in [m.get("STATUS") for m in manager.hear()],
