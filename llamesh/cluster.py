@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import socket
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import msgspec
@@ -11,11 +11,10 @@ import trio
 
 from llamesh.config.current import Current
 from llamesh.config.settings import Settings
-from llamesh.config.values import Address
 from llamesh.dispatch import Dispatch
 from llamesh.dispatch.offering import Offering
 from llamesh.dispatch.router import Router
-from llamesh.errors import InvalidRequest, LlameshError
+from llamesh.errors import Draining, InvalidRequest, LlameshError
 from llamesh.local.owner import Owner
 from llamesh.local.pool import Pool
 from llamesh.mesh.discovery import Discovery, Sighting
@@ -24,7 +23,7 @@ from llamesh.mesh.key_files import IdentityError
 from llamesh.mesh.key_store import KeyStore
 from llamesh.mesh.known_peers import KnownPeers
 from llamesh.mesh.mesh import Mesh
-from llamesh.mesh.static_peers import StaticPeers, Target
+from llamesh.mesh.static_peers import StaticPeers
 from llamesh.telemetry.learned import LearnedValues
 from llamesh.telemetry.logs import get_logger
 from llamesh.web.admin import Administration
@@ -120,9 +119,9 @@ class Cluster:
             txt={"key": mesh.identity.fingerprint},
             addresses=mesh.greeting.hosts,
             on_found=self._sighted,
-            on_lost=mesh.seeker.drop,
+            on_lost=mesh.seeker.unsighted,
         )
-        statics = StaticPeers(cluster.peers, self._resolved)
+        statics = StaticPeers(cluster.peers, mesh.set_static)
         async with trio.open_nursery() as nursery:
             await nursery.start(mesh.run)
             nursery.start_soon(self.offering.run)
@@ -133,22 +132,21 @@ class Cluster:
     def _sighted(self, sighting: Sighting) -> None:
         self.mesh.sighted(sighting.node_id, sighting.addresses)
 
-    def _resolved(self, targets: Iterable[Target]) -> None:
-        found: list[tuple[Address, str | None]] = [(t.address, t.entry.node_id) for t in targets]
-        self.mesh.seeker.set_static(found)
-
     async def _administer(self, peer: str, path: str, body: bytes) -> tuple[int, bytes] | None:
         """What a peer's operator asks this node to do, having been let in there."""
         if path != "/mesh/prewarm":
             return None
         try:
             document = msgspec.json.decode(body, type=dict[str, Any])
-        except (msgspec.MsgspecError, UnicodeDecodeError) as error:
+        except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
             raise InvalidRequest(f"not a JSON object: {error}") from None
-        document.pop("node", None)
         log.info("prewarm asked by a peer", peer=peer, model=str(document.get("model"))[:120])
+        node = self._settings.node_id
         try:
-            status, answer = await self._acts.prewarm(document)
+            if unwilling := self.unwilling():
+                raise Draining(f"node {node} loads nothing for others: {unwilling}")
+            # Here and nowhere else: who asks has chosen, and nobody is to send it round in circles.
+            status, answer = await self._acts.prewarm({**document, "node": node})
         except LlameshError as error:
             return error.status, error.body()
         return status, msgspec.json.encode(answer)

@@ -77,7 +77,7 @@ class Outlook(msgspec.Struct, frozen=True, gc=False, kw_only=True):
     prefill_ms_per_token, decode_ms_per_token: learned, the latter for a request that is alone on its
     instance; sharing: how much each neighbour slows that down, as a share, negative = unknown; n_ctx:
     tokens that one request may use, 0 = unknown; failing: it failed to start there a moment ago, so
-    only what is ready or loads counts.
+    only what is ready or loads counts; trust: how much the learned values are worth, see `trust_in`.
     """
 
     node: str = ""
@@ -99,6 +99,7 @@ class Outlook(msgspec.Struct, frozen=True, gc=False, kw_only=True):
     sharing: float = -1.0
     n_ctx: int = 0
     failing: bool = False
+    trust: float = 1.0
 
 
 class Features(msgspec.Struct, frozen=True, kw_only=True):
@@ -116,15 +117,38 @@ class Features(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Typical(msgspec.Struct, frozen=True, gc=False):
-    """Means over the candidates that know; 0 = none does."""
+    """Means over the candidates that know, and the least of them; 0 = none does."""
 
     service_ms: float = 0.0
     prefill_ms_per_token: float = 0.0
     decode_ms_per_token: float = 0.0
     load_ms: float = 0.0
+    least_service_ms: float = 0.0
+    least_prefill_ms: float = 0.0
+    least_decode_ms: float = 0.0
 
 
 UNKNOWN = Typical()
+
+# So many requests are half of all the trust there can be.
+_HALF_TRUST = 5.0
+
+# Values that no request has confirmed for so long, in seconds, rest on half as many.
+_FADES = 600.0
+
+
+def confirmed(requests: float, idle_seconds: float) -> float:
+    """So many requests, the last of them so long ago, are worth this many of now."""
+    return requests * math.exp2(-idle_seconds / _FADES)
+
+
+def trust_in(requests: float) -> float:
+    """How much learned values are worth that rest on so many requests.
+
+    The first requests of an instance are slow, and so is a machine that was busy with something else. Who
+    looks slow isn't asked, and so never gets to show that it isn't: trust that fades lets it try again.
+    """
+    return requests / (requests + _HALF_TRUST)
 
 
 class Terms(msgspec.Struct, frozen=True, gc=False):
@@ -185,7 +209,20 @@ def typical(outlooks: Iterable[Outlook]) -> Typical:
             decode.append(one.decode_ms_per_token)
         if one.load_ms:
             load.append(one.load_ms)
-    return Typical(_mean(service), _mean(prefill), _mean(decode), _mean(load))
+    return Typical(
+        _mean(service),
+        _mean(prefill),
+        _mean(decode),
+        _mean(load),
+        min(service, default=0.0),
+        min(prefill, default=0.0),
+        min(decode, default=0.0),
+    )
+
+
+def _doubted(value: float, least: float, trust: float) -> float:
+    """Between the best that anybody has shown and what is known of this one: geometrically, as speeds are."""
+    return least * (value / least) ** trust if 0 < least < value else value
 
 
 def _mean(values: list[float]) -> float:
@@ -215,6 +252,10 @@ def expected(outlook: Outlook, features: Features, others: Typical = UNKNOWN) ->
     service = outlook.service_ms or others.service_ms
     prefill_rate = outlook.prefill_ms_per_token or others.prefill_ms_per_token
     decode_rate = outlook.decode_ms_per_token or others.decode_ms_per_token
+    if outlook.trust < 1:
+        service = _doubted(service, others.least_service_ms, outlook.trust)
+        prefill_rate = _doubted(prefill_rate, others.least_prefill_ms, outlook.trust)
+        decode_rate = _doubted(decode_rate, others.least_decode_ms, outlook.trust)
     tokens = features.prompt_tokens
     if features.cached:
         tokens -= features.cached.get(outlook.node, 0)

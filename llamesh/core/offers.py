@@ -17,7 +17,9 @@ import msgspec
 # An offer's key in the state of its node begins with this.
 OFFER_PREFIX = "p:"
 
-_Name: TypeAlias = Annotated[str, msgspec.Meta(min_length=1, max_length=256, pattern=r"^[^\x00-\x1f\x7f]*$")]
+_Name: TypeAlias = Annotated[
+    str, msgspec.Meta(min_length=1, max_length=256, pattern=r"^[^\x00-\x1f\x7f:]*\Z")
+]
 _Text: TypeAlias = Annotated[str, msgspec.Meta(max_length=4096)]
 _Count: TypeAlias = Annotated[int, msgspec.Meta(ge=0, le=1 << 53)]
 _Amount: TypeAlias = Annotated[float, msgspec.Meta(ge=0, le=1e15)]
@@ -33,8 +35,8 @@ class Offer(msgspec.Struct, frozen=True, omit_defaults=True):
     n_ctx: context of an instance in tokens; context_length: what one request may use; n_slots: requests
     at once of one instance; max_instances: how many there may be. load_ms: from a start to ready;
     service_ms: how long a request holds a slot; prefill_ms, decode_ms: per token; output_tokens: of a
-    usual answer; sharing: how much a neighbour on the instance slows it, as a share; tps: tokens per second
-    of one answer.
+    usual answer; sharing: how much a neighbour on the instance slows it, as a share; requests: how many
+    these values rest on, of late, told as a power of two; tps: tokens per second of one answer.
     """
 
     model: _Name
@@ -58,6 +60,7 @@ class Offer(msgspec.Struct, frozen=True, omit_defaults=True):
     decode_ms: _Amount = 0.0
     output_tokens: _Amount = 0.0
     sharing: float = -1.0
+    requests: _Count = 0
     tps: _Amount = 0.0
 
     @property

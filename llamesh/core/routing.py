@@ -82,7 +82,8 @@ def route(
     others = UNKNOWN
     for one in candidates:
         # What is 0 is unknown; a load is None where there can't be one.
-        if not (one.service_ms and one.prefill_ms_per_token and one.decode_ms_per_token) or one.load_ms == 0:
+        knows = one.service_ms and one.prefill_ms_per_token and one.decode_ms_per_token
+        if one.trust < 1 or not knows or one.load_ms == 0:
             others = typical(candidates)
             break
     considered = []

@@ -26,7 +26,7 @@ import msgspec
 from llamesh.core.cost import DEFAULT_SHARING
 
 # The weight of a new request, once there were this many.
-_WINDOW = 20
+WINDOW = 20
 
 # Below this variance of the number of neighbours, one can't tell the slope from noise.
 _LEAST_VARIANCE = 0.1
@@ -109,16 +109,16 @@ def note(
     """
     values: dict[str, float] = {}
     if _is_some(service_ms):
-        weight = 1 / min(speeds.requests + 1, _WINDOW)
+        weight = 1 / min(speeds.requests + 1, WINDOW)
         values["requests"] = speeds.requests + 1
         values["service_ms"] = _mix(speeds.service_ms, service_ms, weight)
     if _is_some(prefill_ms) and prefill_tokens > 0:
-        weight = 1 / min(speeds.prefills + 1, _WINDOW)
+        weight = 1 / min(speeds.prefills + 1, WINDOW)
         values["prefills"] = speeds.prefills + 1
         values["prefill_total_ms"] = _mix(speeds.prefill_total_ms, prefill_ms, weight)
         values["prefill_tokens"] = _mix(speeds.prefill_tokens, prefill_tokens, weight)
     if _is_some(decode_ms) and decode_tokens > 0 and 0 <= neighbours < math.inf:
-        weight = 1 / min(speeds.decodes + 1, _WINDOW)
+        weight = 1 / min(speeds.decodes + 1, WINDOW)
         each = decode_ms / decode_tokens
         values["decodes"] = speeds.decodes + 1
         values["output_tokens"] = _mix(speeds.output_tokens, decode_tokens, weight)

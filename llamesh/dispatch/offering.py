@@ -129,6 +129,7 @@ class Offering:
             decode_ms=now.decode_ms,
             output_tokens=now.output_tokens,
             sharing=now.sharing,
+            requests=_power_of_two(self._router.confirmed(key)),
             tps=tps,
         )
 
@@ -144,6 +145,11 @@ class Offering:
                 name = ""
         words = [profile.kind, name, *sorted(_with_meaning(profile.arguments))]
         return hashlib.sha256("\0".join(words).encode()).hexdigest()[:32]
+
+
+def _power_of_two(number: float) -> int:
+    """The one at or below it, 0 below 1: a number that is told to everybody had better seldom change."""
+    return 1 << (int(number).bit_length() - 1) if number >= 1 else 0
 
 
 def _sizes(paths: list[str]) -> dict[str, int]:

@@ -17,12 +17,12 @@ import trio
 from llamesh.config.cookbook import Elsewhere, Profile
 from llamesh.config.current import Current
 from llamesh.core.capacity import Evict, Fits, Later
-from llamesh.core.cost import Features, Outlook, expected, loading_left
+from llamesh.core.cost import Features, Outlook, confirmed, expected, loading_left, trust_in
 from llamesh.core.lifecycle import State
 from llamesh.core.offers import Situation
 from llamesh.core.routing import Choice, max_wait_ms, route
-from llamesh.core.speeds import Speeds, note
-from llamesh.dispatch.lease import Ask, Forward, Seat
+from llamesh.core.speeds import WINDOW, Speeds, note
+from llamesh.dispatch.lease import Ask, Forward, Seat, Travel
 from llamesh.local.pool import Pool
 from llamesh.telemetry.learned import LearnedValues
 from llamesh.telemetry.logs import get_logger
@@ -46,14 +46,23 @@ class Peers(Protocol):
     def find(self, name: str) -> Profile | None:
         """The profile that `name` means at a peer, as one that isn't run here."""
 
-    def outlooks(self, key: str, excluded: Collection[str], fingerprint: str | None = None) -> list[Outlook]:
+    def outlooks(
+        self,
+        key: str,
+        excluded: Collection[str],
+        fingerprint: str | None = None,
+        usual_load_ms: float = 0.0,
+    ) -> list[Outlook]:
         """The peers that could take a request now. `fingerprint`: only those that run just the same."""
 
-    def seat(self, node: str, key: str) -> Seat | None:
+    def seat(self, node: str, key: str, excluded: Collection[str]) -> Seat | None:
         """Count one more forward to the peer; None when it isn't to be asked just now."""
 
-    def explain(self, key: str) -> str:
-        """Why no peer takes a request for the profile now, for people."""
+    def explain(self, key: str, excluded: Collection[str] = ()) -> str:
+        """Why no peer takes a request for the profile now, for people; "" when none is left to have it."""
+
+    def fingerprint(self, key: str) -> str:
+        """Which of several versions of a profile is used that this node doesn't have; "" when none is."""
 
 
 class Router:
@@ -70,6 +79,7 @@ class Router:
         self._pool = pool
         self._learned = learned
         self._speeds: dict[str, Speeds] = {}
+        self._learned_at: dict[str, float] = {}
 
     def speeds(self, key: str) -> Speeds:
         """What was learned of "model:profile" on this node, earlier lives included."""
@@ -85,6 +95,7 @@ class Router:
     def learn(self, ask: Ask, usage: Usage, seconds: float, neighbours: int) -> None:
         """A request held a slot of ours for `seconds`, beside so many others on its instance."""
         key = ask.profile.key
+        self._learned_at[key] = trio.current_time()
         speeds = self._speeds[key] = note(
             self.speeds(key),
             service_ms=seconds * 1000,
@@ -96,38 +107,75 @@ class Router:
         )
         self._learned.of(key).speeds = msgspec.to_builtins(speeds)
 
-    def forward(self, ask: Ask, *, here: bool, since: float) -> Forward | None:
-        """A seat at the peer that will answer sooner than this node; None: this node is to do it.
+    def has_choice(self, ask: Ask) -> bool:
+        """Whether there is a peer that could take it now."""
+        return self._may_leave(ask) and any(
+            not 0 < one.n_ctx < ask.features.prompt_tokens
+            for one in self.peers.outlooks(ask.profile.key, _excluded(ask), self._needs_same(ask))
+        )
 
-        `here`: this node could; without it, any peer is better than nothing. A request that comes from a
-        peer goes on only where this node merely connects two others: who sent it knows better where
-        else it might go, and two nodes that send it to and fro serve nobody.
+    def _may_leave(self, ask: Ask) -> bool:
+        """A request that comes from a peer goes on only where this node merely connects two others: who
+        sent it knows better where else it might go, and two nodes that send it to and fro serve nobody.
         """
         travel, profile = ask.travel, ask.profile
-        if not self.peers.has(profile.key) or (travel.origin and not _never_runs_here(profile)):
+        if not self.peers.has(profile.key) or (travel.origin and not never_runs_here(profile)):
+            return False
+        return not ask.here_only and travel.hops < self._current.settings.max_hops
+
+    def forward(self, ask: Ask, *, here: bool, since: float, ahead: int = 0) -> Forward | None:
+        """A seat at the peer that will answer sooner than this node; None: this node is to do it.
+
+        `here`: this node could; without it, any peer is better than nothing. `ahead`: how many in the queue
+        of this node come first.
+        """
+        if not self._may_leave(ask):
             return None
-        if travel.hops >= self._current.settings.max_hops:
-            return None
-        excluded = ask.excluded.union(travel.via) if travel.via else ask.excluded
-        outlooks = self.peers.outlooks(profile.key, excluded, self._needs_same(profile))
+        profile, excluded = ask.profile, _excluded(ask)
+        same = self._needs_same(ask)
+        # Who never loaded it is taken to need as long as we do: else it would never get to show it.
+        usual = self._learned.of(profile.key).load_seconds * 1000
+        outlooks = self.peers.outlooks(profile.key, excluded, same, usual)
         features = self._features(ask)
+        if not here and outlooks and all(0 < one.n_ctx < features.prompt_tokens for one in outlooks):
+            # The length is an estimate, and the engine's own answer is better than none from us.
+            largest = max(one.n_ctx for one in outlooks)
+            outlooks = [msgspec.structs.replace(one, n_ctx=0) for one in outlooks if one.n_ctx == largest]
         while outlooks:
-            # Who is asked about is the first in the queue, if it is in it at all.
-            own = self.outlook(profile, behind_queue=False) if here else None
+            own = self.outlook(profile, ahead=ahead) if here else None
+            waited = (trio.current_time() - since) * 1000
+            if own is not None and 0 < own.service_ms < waited:
+                # Whoever has the slots takes longer than others did: as long again, for all that is known.
+                own = msgspec.structs.replace(own, service_ms=waited)
             choice = route(own, outlooks, features)
             if not choice.node:
                 return None
-            seat = self.peers.seat(choice.node, profile.key)
+            seat = self.peers.seat(choice.node, profile.key, excluded)
             if seat is not None:
                 self._narrate(ask, choice)
                 queued = trio.current_time() - since
-                return Forward(ask, seat, queued, max_wait_ms(choice))
+                return Forward(ask, seat, queued, max_wait_ms(choice), same)
             outlooks = [one for one in outlooks if one.node != choice.node]
         return None
 
-    def _needs_same(self, profile: Profile) -> str | None:
-        """Embeddings of other weights or settings aren't comparable with ours, so they must not mix."""
-        return self.fingerprint(profile) if profile.kind == "embedding" else None
+    def _needs_same(self, ask: Ask) -> str | None:
+        """Embeddings of other weights or settings aren't comparable with ours, so they must not mix; nor
+        must those of several peers where we have none."""
+        profile = ask.profile
+        if profile.kind != "embedding":
+            return None
+        if ask.travel.fingerprint:
+            return ask.travel.fingerprint
+        return self.peers.fingerprint(profile.key) if never_runs_here(profile) else self.fingerprint(profile)
+
+    def differs(self, profile: Profile, travel: Travel) -> bool:
+        """Whether this node would answer a peer's request with other weights or settings than are wanted."""
+        return bool(
+            travel.fingerprint
+            and profile.kind == "embedding"
+            and not never_runs_here(profile)
+            and self.fingerprint(profile) != travel.fingerprint
+        )
 
     def _features(self, ask: Ask) -> Features:
         """What a client names as its limit is seldom used up; the usual answer says more."""
@@ -143,14 +191,14 @@ class Router:
 
     def wait_here(self, ask: Ask) -> float:
         """Expected milliseconds until an instance of this node takes the request."""
-        terms = expected(self.outlook(ask.profile, behind_queue=True), ask.features)
-        return terms.wait
+        ahead = self.queue_length(ask.profile.key)
+        return expected(self.outlook(ask.profile, ahead=ahead), ask.features).wait
 
-    def outlook(self, profile: Profile, *, behind_queue: bool) -> Outlook:
-        """This node as a candidate. `behind_queue`: who waits here comes first."""
+    def outlook(self, profile: Profile, *, ahead: int) -> Outlook:
+        """This node as a candidate for a request before which so many in the queue come."""
         key = profile.key
         now = self.situation(key)
-        others = now.others if behind_queue else max(0, now.others - self.queue_length(key))
+        others = max(0, now.others - self.queue_length(key)) + ahead
         speeds, learned = self.speeds(key), self._learned.of(key)
         running = min(now.slots, others)
         return Outlook(
@@ -171,7 +219,14 @@ class Router:
             sharing=speeds.sharing,
             n_ctx=learned.context_length,
             failing=now.failing,
+            trust=trust_in(self.confirmed(key)),
         )
+
+    def confirmed(self, key: str) -> float:
+        """How many requests of late the learned values rest on; it halves while none comes."""
+        now = trio.current_time()
+        idle = now - self._learned_at.setdefault(key, now)
+        return confirmed(min(self.speeds(key).requests, WINDOW), idle)
 
     def situation(self, key: str, origin: str = "") -> Situation:
         """How busy the profile is here; requests that `origin` sent aren't counted."""
@@ -222,8 +277,14 @@ class Router:
 
     @staticmethod
     def _narrate(ask: Ask, choice: Choice) -> None:
-        log.debug("forward", request_id=ask.request_id, profile=ask.profile.key, decision=choice.text())
+        if log.debugging:
+            log.debug("forward", request_id=ask.request_id, profile=ask.profile.key, decision=choice.text())
 
 
-def _never_runs_here(profile: Profile) -> bool:
+def _excluded(ask: Ask) -> frozenset[str]:
+    return ask.excluded.union(ask.travel.via) if ask.travel.via else ask.excluded
+
+
+def never_runs_here(profile: Profile) -> bool:
+    """Whether this node only knows who has it."""
     return isinstance(profile.source, Elsewhere) or profile.max_instances == 0

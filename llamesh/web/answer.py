@@ -30,7 +30,8 @@ SSE_HEADERS: Headers = [
 _LATE_ERROR_BYTES = 65_536
 
 
-def _nothing() -> str:
+def working() -> str:
+    """What a request waits for that an instance has taken."""
     return "working"
 
 
@@ -48,7 +49,7 @@ class Inbound:
     request_id: str
     started: float
     travel: Travel = AT_HOME
-    waiting_for: Callable[[], str] = _nothing
+    waiting_for: Callable[[], str] = working
 
 
 @dataclass(slots=True)
@@ -68,7 +69,8 @@ class Outcome:
 @dataclass(slots=True)
 class Job:
     """One request on its way. `broken`: instances that broke on it, here or at those it came from; `lost`:
-    peers that went away with it; `deadline`: trio's time; `spoke`: when its client last heard from us.
+    peers that went away with it; `deadline`: trio's time; `spoke`: when its client last heard from us;
+    `heard`: when its upstream did something last; `unreached`: nodes that couldn't be connected with.
     """
 
     inbound: Inbound
@@ -79,11 +81,20 @@ class Job:
     broken: int = 0
     lost: int = 0
     deadline: float = math.inf
-    spoke: float = field(default_factory=trio.current_time)
+    spoke: float = 0.0
+    heard: float = 0.0
+    unreached: set[str] = field(default_factory=set)
 
     def exclude(self, node: str) -> None:
         """Don't ask that peer again for this request."""
         self.ask = replace(self.ask, excluded=self.ask.excluded | {node})
+
+    def avoid(self, node: str, *, had_it: bool) -> None:
+        """A peer was lost. Behind one that couldn't be dialled, and so never had the request, there may be
+        another way to the same place: only the second time it isn't asked again."""
+        if had_it or node in self.unreached:
+            self.exclude(node)
+        self.unreached.add(node)
 
     def hear_progress(self, status: int, headers: Headers) -> None:
         """An interim response of a peer: what it is waiting for."""

@@ -6,19 +6,22 @@ errors, counts and logs it is here, so that both lanes give the same answers.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import trio
 
 from llamesh.config.current import Current
 from llamesh.config.settings import Settings
 from llamesh.dispatch import Dispatch
 from llamesh.dispatch.lease import Ask
-from llamesh.errors import InternalError, InvalidRequest, LlameshError
+from llamesh.errors import InternalError, InvalidRequest, LlameshError, ModelNotFound
 from llamesh.net.exchange import Headers
 from llamesh.telemetry.logs import get_logger
 from llamesh.telemetry.stats import NodeStats, ProfileStats
 from llamesh.web.access import Access
 from llamesh.web.answer import ClientGone, Inbound, Job, Outcome, finish_with_event
 from llamesh.web.body import Budget
+from llamesh.web.headers import NONE
 from llamesh.web.openai import Route, choose_profile, read_features, read_wish
 from llamesh.web.relay import Relay
 from llamesh.web.sink import Sink
@@ -61,6 +64,7 @@ class Gateway:
         but for cancellation; afterwards the sink is finished or aborted.
         """
         outcome = Outcome()
+        job: Job | None = None
         profile_stats: ProfileStats | None = None
         key, origin = "", inbound.travel.origin
         try:
@@ -70,11 +74,15 @@ class Gateway:
             profile_stats.current_requests += 1
             if origin:
                 self._dispatch.count_origin(origin, key, 1)
-            await self._relay.run(Job(inbound, ask, route, sink, outcome, broken=inbound.travel.attempt))
+            job = Job(
+                inbound, ask, route, sink, outcome, broken=inbound.travel.attempt, spoke=inbound.started
+            )
+            await self._relay.run(job)
         except LlameshError as error:
             outcome.status = outcome.status or error.status
             outcome.error = error.type
-            await self.refuse(error, inbound.request_id, sink, route)
+            more = self._relay.news(job) if origin and job is not None else NONE
+            await self.refuse(error, inbound.request_id, sink, route, more)
         except ClientGone:
             outcome.error = "cancelled"
             sink.abort()
@@ -92,7 +100,14 @@ class Gateway:
                     self._dispatch.count_origin(origin, key, -1)
             self._account(inbound, key, profile_stats, outcome)
 
-    async def refuse(self, error: LlameshError, id: str, sink: Sink, route: Route | None = None) -> None:  # noqa: A002
+    async def refuse(
+        self,
+        error: LlameshError,
+        id: str,  # noqa: A002
+        sink: Sink,
+        route: Route | None = None,
+        more: Headers = NONE,
+    ) -> None:
         """Answer with an error: as a response, or as an event where the answer has begun."""
         try:
             if sink.started:
@@ -102,7 +117,7 @@ class Gateway:
                     await finish_with_event(sink, route, error.document())
                 return
             body = error.body()
-            sink.start(error.status, self.error_headers(error, id), length=len(body))
+            sink.start(error.status, [*self.error_headers(error, id), *more], length=len(body))
             await sink.finish(body)
         except (OSError, ClientGone):
             sink.abort()
@@ -128,6 +143,9 @@ class Gateway:
                 content_type = value
                 break
         wish = read_wish(content_type, inbound.query, inbound.body.view())
+        travel = inbound.travel
+        if travel.model:
+            wish = replace(wish, model=travel.model)
         profile = choose_profile(
             self._dispatch.find, wish, route, self.settings.default_model, self.settings.node_id
         )
@@ -135,9 +153,14 @@ class Gateway:
         streams = wish.streams and route.needs == "text"
         if self._dispatch.router is None:
             return Ask(profile, inbound.request_id, streams)
+        if travel.fingerprint and self._dispatch.router.differs(profile, travel):
+            raise ModelNotFound(
+                f"node {self.settings.node_id} has {profile.key} with other weights or settings",
+                param="model",
+            )
         self._number += 1
         features = read_features(wish, route, inbound.body, self._number)
-        return Ask(profile, inbound.request_id, streams, inbound.travel, features)
+        return Ask(profile, inbound.request_id, streams, travel, features)
 
     def _check_hops(self, headers: Headers) -> None:
         for name, value in headers:

@@ -239,6 +239,7 @@ class Pages:
             dict(self._pool.evictions),
             (self._store.reloads, self._store.refusals, self._store.problems is None),
             self._profile_memory(),
+            self.mesh.figures() if self.mesh is not None else None,
         )
 
     # Parts.

@@ -8,14 +8,16 @@ wrong; the head of an answer is never sent before its time, since the peer may s
 
 from __future__ import annotations
 
+import math
+import re
 from collections.abc import Awaitable, Callable
 
 import trio
 
 from llamesh.dispatch.lease import Travel
-from llamesh.errors import LlameshError, NotFound
+from llamesh.errors import LlameshError, NotFound, RequestTooLarge
 from llamesh.mesh.noise_transport import NoiseTransport
-from llamesh.net.heads import BadRequest, RequestHead
+from llamesh.net.heads import RequestHead
 from llamesh.web.body import Body
 from llamesh.web.connection import Connection
 from llamesh.web.headers import request_id, response_head
@@ -27,6 +29,12 @@ MeshRoutes = Callable[[str, bytes, bytes, bytes], Awaitable[tuple[int, bytes] | 
 
 # How often a peer hears that its request still waits.
 _PROGRESS_SECONDS = 1.0
+
+
+# More than any message of the mesh itself.
+_MOST_BYTES = 4 << 20
+
+_UNPRINTABLE = re.compile(rb"[^\x20-\x7e]")
 
 
 def _nothing() -> None:
@@ -63,9 +71,8 @@ class PeerConnection(Connection):
         if inbound is None or not self._working or self.started:
             super().expire()
             return
-        text = (
-            inbound.waiting_for().encode("ascii", "replace")[:200].replace(b"\r", b" ").replace(b"\n", b" ")
-        )
+        # A control character would make it no HTTP, and the peer would take that for a breakdown.
+        text = _UNPRINTABLE.sub(b" ", inbound.waiting_for().encode("ascii", "replace")[:200])
         self._stream.send_now(b"HTTP/1.1 102 Processing\r\nx-llamesh-waiting-for: " + text + b"\r\n\r\n")
         self.deadline = trio.current_time() + _PROGRESS_SECONDS
 
@@ -88,20 +95,27 @@ class PeerConnection(Connection):
 
     async def _answer_other(self, head: RequestHead, size: int) -> bool:
         self._unread = self._unread[size:]
+        if head.chunked or (head.length or 0) > _MOST_BYTES:
+            error = RequestTooLarge(f"a message of the mesh has a length, of {_MOST_BYTES} bytes at most")
+            await self._refuse_unread(error, request_id(head.headers), head)
+            return False
         with Body(self._lane.gateway.budget) as body:
             try:
                 if not await self._read_body(head, body):
+                    self._reason = None
                     return False
+                self._reason = None
+                self.deadline = math.inf
+                if self._left:
+                    return False
+                self._working = True
                 answer = await self._routes(self.peer, head.method, head.path, bytes(body.view()))
                 if answer is None:
                     raise NotFound(f"the mesh has nothing at {head.path[:200].decode('ascii', 'replace')}")
                 status, data = answer
-            except BadRequest as error:
-                await self._refuse_bytes(error)
-                return False
             except LlameshError as error:
                 status, data = error.status, error.body()
-        self._reason = None
+        self._working = False
         self.deadline = trio.current_time() + self._idle_seconds
         headers = [
             (b"content-type", b"application/json"),

@@ -32,7 +32,7 @@ class Prewarm:
         """Have an instance of `profile` ready; return when it is, or at once. Raises LlameshError."""
         if self._is_loaded(profile):
             return {"model": profile.public_name, "status": "loaded"}
-        ticket = self._dispatch.join(Ask(profile, "prewarm"))
+        ticket = self._dispatch.join(Ask(profile, "prewarm", here_only=True))
         if wait:
             await self._wait(ticket)
             return {"model": profile.public_name, "status": "loaded"}

@@ -18,9 +18,9 @@ Rules
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
+from typing import NoReturn
 
 import trio
 
@@ -28,13 +28,14 @@ from llamesh.config.settings import Settings
 from llamesh.core.lifecycle import State
 from llamesh.core.offers import encode
 from llamesh.dispatch import Dispatch
-from llamesh.dispatch.lease import AnyLease, Ask, Forward, Lease
-from llamesh.errors import LlameshError, Overloaded, UpstreamError, UpstreamTimeout
+from llamesh.dispatch.lease import AnyLease, Forward, Lease
+from llamesh.dispatch.router import Router
+from llamesh.errors import LlameshError, NoCapacity, UpstreamError, UpstreamTimeout
 from llamesh.net.exchange import Headers, UpstreamBroken, UpstreamConnection
 from llamesh.telemetry.logs import get_logger
-from llamesh.web.answer import SSE_HEADERS, Job, keepalive, pass_answer, write
+from llamesh.web.answer import SSE_HEADERS, Job, keepalive, pass_answer, working, write
 from llamesh.web.headers import upstream_request
-from llamesh.web.peer_exchange import PeerRefused, peer_headers, refused
+from llamesh.web.peer_exchange import PeerRefused, heard_attempts, peer_headers, refused
 
 log = get_logger("relay")
 
@@ -47,8 +48,12 @@ _MAX_LOST = 3
 # How long a broken instance may take to be reaped, so that its last words are known.
 _REAP_SECONDS = 1.0
 
-# A refusal is read whole, for its message; none is longer.
+# A refusal is read whole, for its message; none is longer, and it comes in one piece.
 _REFUSAL_BYTES = 65_536
+_REFUSAL_SECONDS = 5.0
+
+# How long a machine may take to wake up.
+_WAKE_SECONDS = 90.0
 
 
 class Relay:
@@ -105,7 +110,7 @@ class Relay:
             if lease is None:
                 try:
                     lease = await self._wait_for_turn(job)
-                except Overloaded as error:
+                except NoCapacity as error:
                     # The peer's own word is nearer to the cause than ours that nobody else is left.
                     raise refusal or error from None
             outcome.queued_seconds += lease.queued_seconds
@@ -116,6 +121,7 @@ class Relay:
             except PeerRefused as error:
                 refusal = error.face
                 job.exclude(error.node)
+                job.broken = max(job.broken, error.broken)
                 log.info("peer refused", request_id=job.ask.request_id, peer=error.node, error=refusal.type)
             except UpstreamBroken as error:
                 if isinstance(lease, Lease):
@@ -129,32 +135,41 @@ class Relay:
         """Wait in the queue; a stream hears after a while, and again and again, what it waits for."""
         ask = job.ask
         # A peer hears it in interim responses (see web.peer_connection) and keeps its client company itself.
-        every = self._keepalive if ask.streams and not ask.travel.origin else math.inf
+        every = self._keepalive if self._comments(job) else math.inf
         with self._dispatch.join(ask, admitted=job.outcome.attempts > 1) as ticket:
             job.inbound.waiting_for = lambda: ticket.waiting_for
             while True:
                 lease = await ticket.wait(every)
                 if lease is not None:
+                    job.inbound.waiting_for = working
                     return lease
                 await self._say_what_for(job, ticket.waiting_for)
 
+    @staticmethod
+    def _comments(job: Job) -> bool:
+        """Whether the client hears what it waits for."""
+        return job.ask.streams and not job.ask.travel.origin
+
     async def _say_what_for(self, job: Job, text: str) -> None:
+        job.spoke = trio.current_time()
         if not job.sink.started:
             job.sink.start(200, [*SSE_HEADERS, *self._own_headers(job, None, [])], length=None)
         await write(job.sink, keepalive(job.route, text))
 
     async def _exchange(self, lease: AnyLease, job: Job) -> None:
         connection: UpstreamConnection | None = None
-        complete = working = False
+        complete = False
+        under_way = isinstance(lease, Forward)  # of an instance's slot it is asked later what became of it
         try:
+            if isinstance(lease, Forward) and lease.seat.asleep:
+                await self._wake(lease, job)
             # A peer's connections don't break with one of its instances, so those at hand will do.
             fresh = job.outcome.attempts > 1 and isinstance(lease, Lease)
             connection = await lease.connect(fresh=fresh)
             request = self._request(lease, job)
-            parts = job.inbound.body.parts()
-            working = True
+            under_way = True
             try:
-                await self._ask(connection, request, parts, lease, job)
+                await self._ask(connection, request, lease, job)
             except UpstreamBroken as error:
                 if error.started or not connection.served:
                     raise
@@ -162,7 +177,7 @@ class Relay:
                 connection.close()
                 connection = None
                 connection = await lease.connect(fresh=True)
-                await self._ask(connection, request, parts, lease, job)
+                await self._ask(connection, request, lease, job)
             while not connection.response.has_head:
                 await self._await_head(connection, lease, job)
             if isinstance(lease, Forward):
@@ -176,39 +191,56 @@ class Relay:
             complete = True
             raise
         except UpstreamBroken:
-            working = False
+            under_way = False
             raise
         finally:
             if connection is not None:
                 connection.on_interim = None
-            lease.release(connection, complete=complete, working=working)
-            if complete and isinstance(lease, Lease):
-                self._learn(lease, job)
+            lease.release(connection, complete=complete, working=under_way)
+            if complete and self._dispatch.router is not None and isinstance(lease, Lease):
+                self._learn(self._dispatch.router, lease, job)
 
-    async def _ask(
-        self,
-        connection: UpstreamConnection,
-        request: bytes,
-        parts: Sequence[bytes | memoryview],
-        lease: AnyLease,
-        job: Job,
-    ) -> None:
+    async def _wake(self, lease: Forward, job: Job) -> None:
+        """Wait for a sleeping machine. A client that streams hears so now and then."""
+        job.inbound.waiting_for = partial("waking node {}".format, lease.node)
+        until = trio.current_time() + _WAKE_SECONDS
+        while lease.seat.asleep:
+            with trio.move_on_at(min(until, job.spoke + self._keepalive if self._comments(job) else until)):
+                await lease.seat.wake()
+                return
+            if trio.current_time() >= until:
+                raise UpstreamBroken(
+                    f"node {lease.node} didn't wake within {_WAKE_SECONDS:g} s", started=False
+                )
+            await self._say_what_for(job, job.inbound.waiting_for())
+
+    async def _ask(self, connection: UpstreamConnection, request: bytes, lease: AnyLease, job: Job) -> None:
+        parts = job.inbound.body.parts()
         if isinstance(lease, Forward):
-            node = lease.node
-            job.inbound.waiting_for = lambda: f"waiting for node {node}"
+            job.inbound.waiting_for = partial("waiting for node {}".format, lease.node)
             connection.on_interim = job.hear_progress
+            lease.sent = True
+            await connection.send(request, parts)
+            job.heard = trio.current_time()
+            await self._await_head(connection, lease, job)
+            return
         await connection.send(request, parts)
-        await self._await_head(connection, lease, job)
+        # No frame more than needed: this is the hot path.
+        await (self._read(connection, lease, job) if self._silence_ms else connection.read())
 
     async def _await_head(self, connection: UpstreamConnection, lease: AnyLease, job: Job) -> None:
         """One read before the answer begins. A client that streams hears what a peer is waiting for."""
-        if isinstance(lease, Lease) or not job.ask.streams or job.ask.travel.origin:
+        if isinstance(lease, Lease) or not self._comments(job):
             await self._read(connection, lease, job)
             return
-        with trio.move_on_after(max(0.0, job.spoke + self._keepalive - trio.current_time())) as scope:
-            await self._read(connection, lease, job)
+        # The peer's silence goes on while we speak.
+        silent_at = job.heard + self._silence_ms / 1000 if self._silence_ms else math.inf
+        with trio.move_on_at(min(silent_at, job.spoke + self._keepalive)) as scope:
+            await connection.read()
+            job.heard = trio.current_time()
         if scope.cancelled_caught:
-            job.spoke = trio.current_time()
+            if trio.current_time() >= silent_at:
+                self._fell_silent(connection, lease, job)
             await self._say_what_for(job, job.inbound.waiting_for())
 
     async def _take_refusal(self, connection: UpstreamConnection, lease: Forward, job: Job) -> None:
@@ -221,12 +253,13 @@ class Relay:
         if not kind:
             return
         body = response.take()
-        while not response.complete and len(body) < _REFUSAL_BYTES:
-            await self._read(connection, lease, job)
-            body += response.take()
+        with trio.move_on_after(_REFUSAL_SECONDS):
+            while not response.complete and len(body) < _REFUSAL_BYTES:
+                await connection.read()
+                body += response.take()
         if not response.complete:
             raise UpstreamBroken("a refusal without end", started=True)
-        raise PeerRefused(lease.node, kind, body)
+        raise PeerRefused(lease.node, kind, body, heard_attempts(response.headers))
 
     async def _read(self, connection: UpstreamConnection, lease: AnyLease, job: Job) -> None:
         if not self._silence_ms:
@@ -235,11 +268,14 @@ class Relay:
         with trio.move_on_after(self._silence_ms / 1000) as scope:
             await connection.read()
         if scope.cancelled_caught:
-            what = f"was silent for upstream_read_timeout_ms ({self._silence_ms} ms)"
-            # Another peer may answer; another instance of ours would be as silent.
-            if connection.response.has_head or isinstance(lease, Lease):
-                self._too_late(what, job)
-            raise UpstreamBroken(what, started=True)
+            self._fell_silent(connection, lease, job)
+
+    def _fell_silent(self, connection: UpstreamConnection, lease: AnyLease, job: Job) -> NoReturn:
+        what = f"was silent for upstream_read_timeout_ms ({self._silence_ms} ms)"
+        # Another peer may answer; another instance of ours would be as silent.
+        if connection.response.has_head or isinstance(lease, Lease):
+            self._too_late(what, job)
+        raise UpstreamBroken(what, started=True)
 
     async def _after_break(self, error: UpstreamBroken, lease: Lease, job: Job) -> None:
         """Return to try again (or, when the answer had begun, to give up). Raises UpstreamError."""
@@ -263,7 +299,7 @@ class Relay:
 
     def _after_loss(self, error: UpstreamBroken, lease: Forward, job: Job) -> None:
         """The same for a peer."""
-        job.lost += 1
+        job.lost += lease.sent
         log.warning("peer lost", request_id=job.ask.request_id, peer=lease.node, error=str(error))
         if self._cut(job):
             return
@@ -273,7 +309,7 @@ class Relay:
                 f"{lease.node}: {error}",
                 param="model",
             ) from error
-        job.exclude(lease.node)
+        job.avoid(lease.seat.first_hop, had_it=lease.sent)
 
     @staticmethod
     def _cut(job: Job) -> bool:
@@ -299,6 +335,8 @@ class Relay:
                 attempt=job.broken,
                 max_wait_ms=lease.max_wait_ms,
                 deadline_ms=left,
+                model=lease.seat.model,
+                fingerprint=lease.fingerprint,
             )
             more = peer_headers(travel)
         return upstream_request(
@@ -337,14 +375,20 @@ class Relay:
             (b"x-llamesh-affinity", affinity),
         ]
         if ask.travel.origin:
-            headers.append((b"x-llamesh-load", self._load(ask)))
+            headers += self.news(job)
         return headers
 
-    def _load(self, ask: Ask) -> bytes:
-        router = self._dispatch.router
-        return encode(router.situation(ask.profile.key, ask.travel.origin)) if router is not None else b"{}"
+    def news(self, job: Job) -> Headers:
+        """What a peer is told with an answer: how busy the profile is here, and what broke on its request."""
+        router, ask = self._dispatch.router, job.ask
+        if router is None:
+            return []
+        load = encode(router.situation(ask.profile.key, ask.travel.origin))
+        return [(b"x-llamesh-load", load), (b"x-llamesh-attempt", b"%d" % job.broken)]
 
-    def _learn(self, lease: Lease, job: Job) -> None:
-        if self._dispatch.router is not None:
+    @staticmethod
+    def _learn(router: Router, lease: Lease, job: Job) -> None:
+        # What was refused says nothing of how long answers take.
+        if job.outcome.status < 400:
             seconds = trio.current_time() - lease.since
-            self._dispatch.router.learn(job.ask, job.outcome.usage, seconds, lease.instance.busy_slots)
+            router.learn(job.ask, job.outcome.usage, seconds, lease.instance.busy_slots)

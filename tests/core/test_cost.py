@@ -182,7 +182,7 @@ def test_what_a_node_doesn_t_know_is_taken_from_the_others() -> None:
     knows = outlook(load_ms=4000.0, **LEARNED)
     knows_less = outlook(node="c", service_ms=3000.0)
     others = typical([knows, knows_less, Outlook(node="d")])
-    assert others == Typical(2000.0, 0.5, 20.0, 4000.0)
+    assert others == Typical(2000.0, 0.5, 20.0, 4000.0, 1000.0, 0.5, 20.0)
     terms = expected(Outlook(node="d", load_ms=0.0), CHAT, others)
     assert parts(terms) == {"start": 4000, "prefill": 200, "decode": 2000}
     assert typical([]) == Typical()

@@ -23,8 +23,8 @@ from llamesh.config.settings import Settings
 from llamesh.core.capacity import Budget, Need
 from llamesh.core.lifecycle import State
 from llamesh.dispatch import Dispatch
-from llamesh.errors import LlameshError
 from llamesh.dispatch.lease import Ask, Lease
+from llamesh.errors import LlameshError
 from llamesh.local.failure import Failure
 from llamesh.local.instance import Instance
 from llamesh.local.keeper import Keeper
@@ -286,7 +286,7 @@ async def world(
 ) -> AsyncIterator[World]:
     """A running pool with a dispatcher; `plays` by model name. At the end everything is free again."""
     stage = Stage({f"{name}:default": list(several) for name, several in (plays or {}).items()})
-    current = Current(Settings(node_id="node-a", **settings), Cookbook(tuple(cookbook), {}))
+    current = Current(Settings(**{"node_id": "node-a", **settings}), Cookbook(tuple(cookbook), {}))
     memory = FakeMemory(current, vram, sysmem)
     stats, learned = NodeStats(), LearnedValues(Path(os.devnull))
     ports = ports or Ports(None)
