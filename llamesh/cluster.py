@@ -65,6 +65,7 @@ class Cluster:
     ) -> None:
         self._current = current
         settings = self._settings = current.settings
+        self.leaving = ""  # why nothing is done for peers any more
         self.mesh = Mesh(settings, *member)
         self.owner = Owner()
         router = Router(current, pool, learned, self.mesh.peers)
@@ -96,7 +97,7 @@ class Cluster:
 
     def unwilling(self) -> str:
         """Why this node does nothing for its peers now, "" when it does."""
-        return self.owner.willing(self._settings.cluster.serve_peers)
+        return self.leaving or self.owner.willing(self._settings.cluster.serve_peers)
 
     async def run(self, sockets: list[socket.socket], url: str) -> None:
         """Be part of the mesh. `sockets`: those on which peers may dial; `url`: of this node's API."""
