@@ -96,7 +96,7 @@ def test_without_names_all_are_for_clients(pass_on: Pass, listening: socket.sock
     forget(passed)
 
 
-@pytest.mark.parametrize("pid", ["1", str(os.getpid() + 1)])
+@pytest.mark.parametrize("pid", ["1", str(os.getpid() + 1)], ids=["init", "another"])
 def test_what_was_meant_for_another_process_is_left_alone(
     pass_on: Pass, listening: socket.socket, pid: str
 ) -> None:
