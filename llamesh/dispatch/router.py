@@ -261,7 +261,7 @@ class Router:
         """What making room for one more instance would take; None when there can't be one now."""
         if len(self._pool.instances(profile.key)) >= self._pool.max_instances(profile):
             return None
-        match self._pool.room(profile):
+        match self._pool.room(profile, fetch=False):
             case Fits():
                 return 0.0
             case Evict(ids):

@@ -43,7 +43,7 @@ from llamesh.local.weights.hub import Listing, list_repo
 from llamesh.local.weights.lock import FileLock
 from llamesh.local.weights.part import Part, bytes_there
 from llamesh.local.weights.progress import Progress, in_words
-from llamesh.local.weights.several import Sources
+from llamesh.local.weights.several import Several, Sources
 from llamesh.local.weights.source import Neighbours, Source
 from llamesh.local.weights.wanted import Wanted
 from llamesh.local.weights.web_source import WebSource
@@ -287,7 +287,9 @@ class Fetcher:
             make_digest,
             expected=file.digest,
             what=progress.name,
-            connections=self._connections,
+            connections=min(self._connections, source.connections)
+            if isinstance(source, Several)
+            else self._connections,
             first_pause=self._first_pause,
         )
         started, ended = threading.Event(), threading.Event()

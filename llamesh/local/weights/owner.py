@@ -135,8 +135,10 @@ class Weights:
 
     # Acting.
 
-    def lacking(self, profile: Profile) -> Later | Never | None:
-        """None when the weights are here; else why not, having started to fetch them."""
+    def lacking(self, profile: Profile, *, fetch: bool = True) -> Later | Never | None:
+        """None when the weights are here; else why not, having started to fetch them unless `fetch` is
+        off.
+        """
         wanted = wanted_of(profile)
         if wanted is None or wanted in self._here:
             return None
@@ -144,6 +146,8 @@ class Weights:
         if coming is None:
             if (error := self.failure(profile)) is not None:
                 return Never(f"its weights can't be had: {error}", failed=True)
+            if not fetch:
+                return Later(f"{wanted.name} has to be fetched first")
             coming = self._start(wanted, profile)
         coming.keys.add(profile.key)
         coming.timeout = max(coming.timeout, profile.download_timeout_seconds)

@@ -17,6 +17,9 @@ from collections.abc import Callable, Sequence
 
 from llamesh.local.weights.errors import Unreachable, WeightsError
 from llamesh.local.weights.source import Body, Channel, Source
+from llamesh.telemetry.logs import get_logger
+
+log = get_logger("weights")
 
 # A peer that failed isn't asked for so long (seconds), twice as long each time; after so many failures in a
 # row never again for this file.
@@ -38,6 +41,11 @@ class Several:
         self._failures = Counter[str]()
         self._not_before: dict[str, float] = {}
         self._problem = ""
+
+    @property
+    def connections(self) -> int:
+        """How many are of use: one to each peer fills a LAN, and costs the peer least."""
+        return len(self._peers)
 
     @property
     def ranges(self) -> bool:
@@ -89,6 +97,7 @@ class Several:
                 rest = max(rest, error.retry_after)
             self._not_before[source.name] = time.monotonic() + rest
             self._problem = str(error)
+        log.info("a peer gives no weights now; others go on", problem=str(error))
 
 
 class SeveralChannel:
