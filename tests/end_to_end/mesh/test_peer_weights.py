@@ -83,3 +83,80 @@ async def test_a_node_takes_weights_from_a_peer_and_not_from_the_hub(tmp_path: P
     assert (blobs(tmp_path / "taker") / digest_of(data)).read_bytes() == data
     assert hub.asked("store") == []
     assert hub.sent == 0
+
+
+async def test_nothing_is_fetched_before_somebody_wants_it(tmp_path: Path, hub: Hub) -> None:
+    hub.add(REPO, {FILE: content(1 << 20)})
+    async with mesh_of(tmp_path, hub) as mesh:
+        # Several rounds of gossip, in which the node tells what it could do.
+        await mesh.wait_listed("big", at="haver-0", by="taker")
+        reply = await mesh["taker"].node.client.get("/v1/models/big")
+        assert reply.json()["status"]["value"] == "unloaded"
+        assert hub.seen == []
+
+
+@pytest.mark.parametrize("havers", [1, 2])
+async def test_a_peer_that_breaks_off_is_followed_by_another(tmp_path: Path, hub: Hub, havers: int) -> None:
+    data = content(24 << 20)
+    commit = hub.add(REPO, {FILE: data}).commit
+    for number in range(havers):
+        put(tmp_path / f"haver-{number}", REPO, {FILE: data}, commit)
+    async with mesh_of(tmp_path, hub, havers) as mesh:
+        # However often it is dialled, no more than 4 MiB come out of it.
+        tap = mesh.taps["haver-0"]
+        tap.on_each(lambda link: link.to_dialler.truncate(4 << 20))
+        for link in tap.alive:
+            link.to_dialler.truncate(4 << 20)
+        await begin(mesh["taker"])
+        await mesh["taker"].node.wait_event("downloaded")
+    assert (blobs(tmp_path / "taker") / digest_of(data)).read_bytes() == data
+    if havers == 1:
+        assert 0 < hub.sent < len(data), "it began anew, or didn't go on at all"
+    else:
+        assert hub.sent == 0
+
+
+async def test_a_peer_that_lies_is_found_out(tmp_path: Path, hub: Hub) -> None:
+    data = content(8 << 20)
+    commit = hub.add(REPO, {FILE: data}).commit
+    put(tmp_path / "haver-0", REPO, {FILE: data}, commit)
+    blob = blobs(tmp_path / "haver-0") / digest_of(data)
+    blob.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
+    async with mesh_of(tmp_path, hub) as mesh:
+        await begin(mesh["taker"])
+        said = await mesh["taker"].node.wait_event("peers gave wrong weights")
+        assert said["of"] == ["node haver-0"]
+        await mesh["taker"].node.wait_event("downloaded")
+    assert (blobs(tmp_path / "taker") / digest_of(data)).read_bytes() == data
+    assert hub.sent == len(data)
+
+
+@pytest.mark.parametrize("reason", ["offline", "down"])
+async def test_without_the_hub_peers_say_what_the_files_are(tmp_path: Path, hub: Hub, reason: str) -> None:
+    """A model in two parts, of which each peer has one and knows both names only together."""
+    parts = {f"big-Q4_K_M-0000{number}-of-00002.gguf": content(3 << 20) for number in (1, 2)}
+    repo = hub.add(REPO, parts)
+    for number, (name, data) in enumerate(parts.items()):
+        put(tmp_path / f"haver-{number}", REPO, {name: data}, repo.commit)
+    repo.status = 503
+    env = {"HF_HUB_OFFLINE": "1"} if reason == "offline" else {}
+    async with mesh_of(tmp_path, hub, 2, **env) as mesh:
+        await begin(mesh["taker"])
+        await mesh["taker"].node.wait_event("the hub can't be asked: peers say what the files are")
+        await mesh["taker"].node.wait_event("downloaded", after=1)
+        for data in parts.values():
+            assert (blobs(tmp_path / "taker") / digest_of(data)).read_bytes() == data
+    assert hub.sent == 0
+    if reason == "offline":
+        assert hub.seen == []
+
+
+async def test_a_node_that_serves_no_peers_gives_no_weights(tmp_path: Path, hub: Hub) -> None:
+    data = content(1 << 20)
+    commit = hub.add(REPO, {FILE: data}).commit
+    put(tmp_path / "haver-0", REPO, {FILE: data}, commit)
+    each = {"haver-0": {"cluster": {"serve_peers": "never"}}}
+    async with mesh_of(tmp_path, hub, each=each) as mesh:
+        await begin(mesh["taker"])
+        await mesh["taker"].node.wait_event("downloaded")
+    assert hub.sent == len(data)
