@@ -9,6 +9,7 @@ from typing import Any
 import msgspec
 import trio
 
+from llamesh.config.cookbook import ModelPath
 from llamesh.config.current import Current
 from llamesh.config.settings import Settings
 from llamesh.dispatch import Dispatch
@@ -17,6 +18,8 @@ from llamesh.dispatch.router import Router
 from llamesh.errors import Draining, InvalidRequest, LlameshError
 from llamesh.local.owner import Owner
 from llamesh.local.pool import Pool
+from llamesh.local.weights.hashes import Hashes
+from llamesh.local.weights.shared import Shared
 from llamesh.mesh.discovery import Discovery, Sighting
 from llamesh.mesh.identity import Identity, load_identity
 from llamesh.mesh.key_files import IdentityError
@@ -24,12 +27,15 @@ from llamesh.mesh.key_store import KeyStore
 from llamesh.mesh.known_peers import KnownPeers
 from llamesh.mesh.mesh import Mesh
 from llamesh.mesh.static_peers import StaticPeers
+from llamesh.peer_weights import PATH as WEIGHTS
+from llamesh.peer_weights import PeerWeights
 from llamesh.telemetry.learned import LearnedValues
 from llamesh.telemetry.logs import get_logger
 from llamesh.web.admin import Administration
 from llamesh.web.fast_lane import FastLane
 from llamesh.web.mesh_pages import MeshPages
 from llamesh.web.pages import CREATED, Pages
+from llamesh.web.peer_files import PeerFiles
 from llamesh.web.peer_lane import PeerLane
 
 __all__ = ["Cluster", "IdentityError", "Member", "load_member"]
@@ -87,7 +93,14 @@ class Cluster:
         self.mesh.news = self.offering.news
         self.mesh.peers.on_change = dispatch.settle
         self.mesh.greeting.engine, self.mesh.greeting.engine_version = pool.engine.origin, pool.engine.version
-        self.lane = PeerLane(lane, self.mesh, self._administer)
+        shared = Shared(
+            pool.weights.cache, Hashes(pool.weights.cache.own / "hashes.json"), lambda: _paths(current)
+        )
+        self.weights = PeerWeights(self.mesh.peers, shared, self.unwilling)
+        pool.weights.ask(self.weights)
+        stats = lane.gateway.stats
+        files = PeerFiles(self.weights.open, self.unwilling, lambda: stats.current_requests)
+        self.lane = PeerLane(lane, self.mesh, self._administer, files)
         self.mesh.serve = self.lane.serve_parked
         if settings.cluster.listen_addr is None:
             lane.serve_peer = self.lane.serve
@@ -133,7 +146,9 @@ class Cluster:
         self.mesh.sighted(sighting.node_id, sighting.addresses)
 
     async def _administer(self, peer: str, path: str, body: bytes) -> tuple[int, bytes] | None:
-        """What a peer's operator asks this node to do, having been let in there."""
+        """What a peer asks for: weights, or what its operator wants, having been let in there."""
+        if path == WEIGHTS:
+            return await self.weights.answer(body)
         if path != "/mesh/prewarm":
             return None
         try:
@@ -150,3 +165,8 @@ class Cluster:
         except LlameshError as error:
             return error.status, error.body()
         return status, msgspec.json.encode(answer)
+
+
+def _paths(current: Current) -> list[str]:
+    """The model files that the cookbook names. In a thread: the cookbook is replaced as a whole."""
+    return [one.source.path for one in current.cookbook.profiles if isinstance(one.source, ModelPath)]

@@ -282,7 +282,7 @@ class Router:
             return None if self._pool.weights.failure(profile) is not None else 0.0
         if len(self._pool.instances(profile.key)) >= self._pool.max_instances(profile):
             return None
-        match self._pool.room(profile):
+        match self._pool.room(profile, fetch=False):
             case Fits():
                 return 0.0
             case Evict(ids):

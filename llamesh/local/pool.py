@@ -128,11 +128,13 @@ class Pool:
         configured = self._current.settings.model_defaults.max_concurrent_requests_per_instance
         return configured or self._learned.of(key).slots_on(self._starts.identity) or 1
 
-    def room(self, profile: Profile) -> Room:
-        """May one more instance of `profile` start? Later, too, while its size isn't known yet."""
+    def room(self, profile: Profile, *, fetch: bool = True) -> Room:
+        """May one more instance of `profile` start? Later, too, while its size isn't known yet. `fetch`:
+        weights that aren't here are wanted, and not only asked about."""
         if self._closed:
             return Later("the node is ending")
-        if self.max_instances(profile) and (lacking := self.weights.lacking(profile)) is not None:
+        most = self.max_instances(profile)
+        if most and (lacking := self.weights.lacking(profile, fetch=fetch)) is not None:
             return lacking
         size = self.memory.size(profile)
         if size is None:
@@ -140,7 +142,7 @@ class Pool:
             return Later(f"reading the file of {profile.key}")
         if size.too_large or size.unreachable:
             return Never(size.too_large or size.unreachable, failed=bool(size.unreachable))
-        if len(self.instances(profile.key)) >= self.max_instances(profile):
+        if len(self.instances(profile.key)) >= most:
             return Later("it has all the instances it may have")
         tenants = self.tenants()
         if self.staying(profile.key):

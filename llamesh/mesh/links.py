@@ -114,6 +114,13 @@ class Links:
             self._idle.remove(connection)
         connection.close()
 
+    def lend(self, connection: UpstreamConnection) -> NoiseTransport:
+        """The stream of one that was taken, which is the caller's from now on. Raises UpstreamBroken."""
+        stream = self._streams.pop(connection, None)
+        if stream is None or stream.closed:
+            raise UpstreamBroken(f"the connection to node {self.node} was closed", started=False)
+        return stream
+
     def keep_unused(self, connection: UpstreamConnection) -> None:
         """Take one back that nothing was sent on."""
         if connection not in self._streams:

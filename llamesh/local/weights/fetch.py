@@ -9,6 +9,7 @@ note it. What blocks is done in threads, and a disk that doesn't answer is left 
 
 from __future__ import annotations
 
+import contextlib
 import shutil
 import ssl
 import threading
@@ -33,6 +34,7 @@ from llamesh.local.weights.errors import (
     Offline,
     Stopped,
     TooSlow,
+    Unreachable,
     Unusable,
     WeightsError,
     WrongContent,
@@ -41,7 +43,8 @@ from llamesh.local.weights.hub import Listing, list_repo
 from llamesh.local.weights.lock import FileLock
 from llamesh.local.weights.part import Part, bytes_there
 from llamesh.local.weights.progress import Progress, in_words
-from llamesh.local.weights.source import Source
+from llamesh.local.weights.several import Several, Sources
+from llamesh.local.weights.source import Neighbours, Source
 from llamesh.local.weights.wanted import Wanted
 from llamesh.local.weights.web_source import WebSource
 from llamesh.telemetry.logs import get_logger
@@ -69,7 +72,7 @@ class _Job:
     file: RemoteFile
     target: Path
     lock: Path
-    source: Callable[[], Source]
+    web: Callable[[], Source] | None  # None: nobody but peers can be asked
 
 
 class Fetcher:
@@ -89,6 +92,7 @@ class Fetcher:
         the rest is for tests.
         """
         self.cache = cache
+        self.neighbours: Neighbours | None = None
         self._make_room = make_room
         self._context = context
         self._connections = connections
@@ -107,11 +111,6 @@ class Fetcher:
         """
         record = None if fresh and not self.cache.offline else await self.look(wanted)
         if record is None:
-            if self.cache.offline:
-                raise Offline(
-                    f"{wanted.name} isn't on this machine, and HF_HUB_OFFLINE forbids to ask for it: "
-                    "unset that, or fetch it with `llamesh pull` while it is unset"
-                )
             if isinstance(wanted.source, UrlFile):
                 record = await self._from_web(wanted, wanted.source, progress)
             else:
@@ -121,13 +120,7 @@ class Fetcher:
 
     async def _from_hub(self, wanted: Wanted, source: HubFile, progress: Progress) -> Record:
         repo, quant = split_repo(source.repo)
-        listing = await self._in_thread(
-            partial(list_repo, repo), _ASK_SECONDS, TooSlow(f"{repo}: the hub is silent")
-        )
-        try:
-            choice: Choice = choose(listing.files, file=source.file, quant=quant, projector=wanted.projector)
-        except NoSuchModel as error:
-            raise NotFound(f"{repo}: {error}") from None
+        listing, choice = await self._choose(wanted, repo, source.file, quant)
         jobs = [self._hub_job(listing, file) for file in choice.files]
         ours = await self._fetch_all(jobs, progress)
 
@@ -141,6 +134,37 @@ class Fetcher:
         projector = stored[count] if choice.projector else None
         return Record(wanted.key, wanted.name, repo, listing.commit, stored[:count], projector)
 
+    async def _choose(
+        self, wanted: Wanted, repo: str, file: str | None, quant: str | None
+    ) -> tuple[Listing, Choice]:
+        """What the files are: by the hub, or by the peers where the hub can't be asked."""
+        choosing = partial(choose, file=file, quant=quant, projector=wanted.projector)
+        try:
+            self._check_online(wanted)
+            listing = await self._in_thread(
+                partial(list_repo, repo), _ASK_SECONDS, TooSlow(f"{repo}: the hub is silent")
+            )
+        except (Offline, Unreachable, TooSlow) as error:
+            for commit, files in await self.neighbours.listings(repo) if self.neighbours is not None else ():
+                with contextlib.suppress(NoSuchModel):
+                    choice: Choice = choosing(files)
+                    log.warning(
+                        "the hub can't be asked: peers say what the files are", repo=repo, problem=str(error)
+                    )
+                    return Listing(repo, commit, files, "", None), choice
+            raise
+        try:
+            return listing, choosing(listing.files)
+        except NoSuchModel as error:
+            raise NotFound(f"{repo}: {error}") from None
+
+    def _check_online(self, wanted: Wanted) -> None:
+        if self.cache.offline:
+            raise Offline(
+                f"{wanted.name} isn't on this machine, and HF_HUB_OFFLINE forbids to ask for it: "
+                "unset that, or fetch it with `llamesh pull` while it is unset"
+            )
+
     def _hub_job(self, listing: Listing, file: RemoteFile) -> _Job:
         def source() -> WebSource:
             return WebSource(
@@ -153,23 +177,31 @@ class Fetcher:
             )
 
         cache = self.cache
-        return _Job(
-            file, cache.blob(listing.repo, file.digest), cache.lock(listing.repo, file.digest), source
-        )
+        target, lock = cache.blob(listing.repo, file.digest), cache.lock(listing.repo, file.digest)
+        return _Job(file, target, lock, source if listing.endpoint else None)
 
     async def _from_web(self, wanted: Wanted, source: UrlFile, progress: Progress) -> Record:
         target = self.cache.web_file(source)
-        size = await self._in_thread(
-            WebSource(source.url, 0, what=wanted.name, context=self._context).channel().size,
-            _ASK_SECONDS,
-            TooSlow(f"{wanted.name}: {urlsplit(source.url).hostname} is silent"),
-        )
+        online = True
+        try:
+            self._check_online(wanted)
+            size = await self._in_thread(
+                WebSource(source.url, 0, what=wanted.name, context=self._context).channel().size,
+                _ASK_SECONDS,
+                TooSlow(f"{wanted.name}: {urlsplit(source.url).hostname} is silent"),
+            )
+        except (Offline, Unreachable, TooSlow):
+            having = await self.neighbours.having(source.sha256) if self.neighbours is not None else []
+            if not having:
+                raise
+            size, online = having[0].size, False
         file = RemoteFile(target.name, size, sha256=source.sha256)
 
         def web() -> WebSource:
             return WebSource(source.url, size, what=wanted.name, context=self._context)
 
-        await self._fetch_all([_Job(file, target, self.cache.web_lock(source), web)], progress)
+        job = _Job(file, target, self.cache.web_lock(source), web if online else None)
+        await self._fetch_all([job], progress)
         stored = Stored(file.name, str(target), str(target), size, source.sha256, ours=True)
         return Record(wanted.key, wanted.name, "", "", (stored,))
 
@@ -194,24 +226,35 @@ class Fetcher:
                 progress.sample(trio.current_time(), done + there)
                 await trio.sleep(_LOCK_SECONDS)
             progress.doing = "downloading"
-            part = await self._on_disk(partial(self._prepare, job), _close)
-            if part is None:
+            if await self._on_disk(partial(_is_there, job)):
                 return False
-            await self._download(job, part, progress, done)
+            await self._from_anybody(job, progress, done)
             return True
         finally:
             lock.release()
 
-    def _prepare(self, job: _Job) -> Part | None:
-        """The part to fill, None when the file is there already. In a thread."""
-        try:
-            if job.target.stat().st_size == job.file.size:
-                return None
-            raise WrongContent(f"{job.target} has another size than it should: remove it")
-        except FileNotFoundError:
-            pass
-        except OSError as error:
-            raise Unusable(f"{job.target} can't be read: {error.strerror}") from None
+    async def _from_anybody(self, job: _Job, progress: Progress, done: int) -> None:
+        """From peers that have it, and from the web; without whoever gave what is wrong."""
+        sha256, neighbours = job.file.sha256, self.neighbours
+        peers = await neighbours.having(sha256) if sha256 and neighbours is not None else []
+        sources = Sources([peer for peer in peers if peer.size == job.file.size], job.web)
+        while (source := sources.next()) is not None:
+            part = await self._on_disk(partial(self._prepare, job), Part.close)
+            try:
+                await self._download(job, source, part, progress, done)
+                return
+            except WrongContent as error:
+                wrong = sources.blame(source)
+                if not wrong or not sources.left or neighbours is None or not sha256:
+                    raise
+                neighbours.distrust(wrong, sha256)
+                log.warning(
+                    "peers gave wrong weights", file=job.file.name, of=sorted(wrong), problem=str(error)
+                )
+        raise Unreachable(f"{job.file.name}: the hub can't be asked, and no peer has it any more")
+
+    def _prepare(self, job: _Job) -> Part:
+        """The part to fill. In a thread."""
         try:
             job.target.parent.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -232,20 +275,21 @@ class Fetcher:
             raise
         return part
 
-    async def _download(self, job: _Job, part: Part, progress: Progress, done: int) -> None:
+    async def _download(self, job: _Job, source: Source, part: Part, progress: Progress, done: int) -> None:
         file = job.file
 
         def make_digest(state: str | None) -> digest.Digest:
             return digest.sha256(state) if file.sha256 else digest.git_sha1(file.size)
 
-        source = job.source()
         download = Download(
             source,
             part,
             make_digest,
             expected=file.digest,
             what=progress.name,
-            connections=self._connections,
+            connections=min(self._connections, source.connections)
+            if isinstance(source, Several)
+            else self._connections,
             first_pause=self._first_pause,
         )
         started, ended = threading.Event(), threading.Event()
@@ -339,6 +383,13 @@ def _threads() -> trio.CapacityLimiter:
         return limiter
 
 
-def _close(part: Part | None) -> None:
-    if part is not None:
-        part.close()
+def _is_there(job: _Job) -> bool:
+    """In a thread. Raises WeightsError."""
+    try:
+        if job.target.stat().st_size == job.file.size:
+            return True
+    except FileNotFoundError:
+        return False
+    except OSError as error:
+        raise Unusable(f"{job.target} can't be read: {error.strerror}") from None
+    raise WrongContent(f"{job.target} has another size than it should: remove it")

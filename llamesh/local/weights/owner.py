@@ -23,6 +23,7 @@ from llamesh.local.weights.cache import Cache, Record
 from llamesh.local.weights.errors import TooSlow, WeightsError
 from llamesh.local.weights.fetch import Fetcher
 from llamesh.local.weights.progress import Progress
+from llamesh.local.weights.source import Neighbours
 from llamesh.local.weights.wanted import Wanted, wanted_of, with_weights
 from llamesh.telemetry.logs import get_logger
 
@@ -77,7 +78,7 @@ class Weights:
         """`fetcher` is for tests."""
         self._master: Master | None = None
         self._current = current
-        self._cache = cache
+        self.cache = cache
         self._fetcher = fetcher or Fetcher(cache, make_room=self._make_room)
         self._here: dict[Wanted, Record] = {}
         self._coming: dict[Wanted, _Coming] = {}
@@ -88,6 +89,10 @@ class Weights:
     def attend(self, master: Master) -> None:
         """Whom to tell, and whom to ask."""
         self._master = master
+
+    def ask(self, neighbours: Neighbours) -> None:
+        """Who else may have weights: they are asked before the hub is."""
+        self._fetcher.neighbours = neighbours
 
     # Reading.
 
@@ -130,8 +135,10 @@ class Weights:
 
     # Acting.
 
-    def lacking(self, profile: Profile) -> Later | Never | None:
-        """None when the weights are here; else why not, having started to fetch them."""
+    def lacking(self, profile: Profile, *, fetch: bool = True) -> Later | Never | None:
+        """None when the weights are here; else why not, having started to fetch them unless `fetch` is
+        off.
+        """
         wanted = wanted_of(profile)
         if wanted is None or wanted in self._here:
             return None
@@ -139,6 +146,8 @@ class Weights:
         if coming is None:
             if (error := self.failure(profile)) is not None:
                 return Never(f"its weights can't be had: {error}", failed=True)
+            if not fetch:
+                return Later(f"{wanted.name} has to be fetched first")
             coming = self._start(wanted, profile)
         coming.keys.add(profile.key)
         coming.timeout = max(coming.timeout, profile.download_timeout_seconds)
@@ -263,7 +272,7 @@ class Weights:
         log.error("weights can't be had", model=wanted.name, error=str(error), next_try_in_seconds=rest)
 
     async def _touch(self, key: str) -> None:
-        await trio.to_thread.run_sync(self._cache.touch, key, abandon_on_cancel=True)
+        await trio.to_thread.run_sync(self.cache.touch, key, abandon_on_cancel=True)
 
     def _note_kept(self) -> None:
         """What a new download must not push off the disk; read in its thread."""
@@ -271,4 +280,4 @@ class Weights:
         self._kept = frozenset(wanted.key for wanted in [*running, *self._coming] if wanted is not None)
 
     def _make_room(self, size: int) -> None:
-        make_room(self._cache, size, self._current.settings.disk_budget_gb, lambda: self._kept)
+        make_room(self.cache, size, self._current.settings.disk_budget_gb, lambda: self._kept)

@@ -6,7 +6,10 @@ threads; `cut` ends them from another thread.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Protocol
+
+from llamesh.core.model_files import RemoteFile
 
 
 class Body(Protocol):
@@ -36,12 +39,35 @@ class Channel(Protocol):
 
 
 class Source(Protocol):
-    """One file somewhere else. `name` is for people; `ranges`: parts of it can be had, and several at
-    once.
+    """One file somewhere else. `name` is for people, and tells one source from another; `ranges`: parts of
+    it can be had, and several at once.
     """
 
-    name: str
-    ranges: bool
-
+    @property
+    def name(self) -> str: ...
+    @property
+    def ranges(self) -> bool: ...
     def channel(self) -> Channel:
         """A new connection; nothing is sent before its first `open`."""
+
+
+class SizedSource(Source, Protocol):
+    """One that has said how long the file is, in bytes."""
+
+    @property
+    def size(self) -> int: ...
+
+
+class Neighbours(Protocol):
+    """Others that may have weights, and give them: the peers of the mesh. Both calls take seconds at most."""
+
+    async def having(self, sha256: str) -> list[SizedSource]:
+        """Who has a file now."""
+
+    async def listings(self, repo: str) -> list[tuple[str, tuple[RemoteFile, ...]]]:
+        """What they have of a repository: commits of it, with the files that somebody has of each. What most
+        have is first.
+        """
+
+    def distrust(self, names: Iterable[str], sha256: str) -> None:
+        """What these sources gave of a file isn't what it should be."""
