@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import random
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,7 @@ from llamesh.local.weights.shared import Shared
 from tests.support.hub import digest_of
 
 REPO = "someone/tiny-GGUF"
-CONTENT = b"GGUF" + os.urandom(5000)
+CONTENT = b"GGUF" + random.Random(7).randbytes(5000)
 SHA256 = digest_of(CONTENT)
 
 
