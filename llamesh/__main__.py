@@ -1,6 +1,6 @@
 """The command line: `llamesh --config PATH --cookbook PATH [--secrets PATH]` runs a node; `llamesh
 pause [TIME]` has a running one leave the machine to its owner; `token`, `key`, `invite` and `join` make
-several machines a mesh."""
+several machines a mesh; `build` and `doctor` see to the engine."""
 
 from __future__ import annotations
 
@@ -9,14 +9,18 @@ import os
 import signal
 import sys
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import llamesh
+from llamesh.model_commands import add_commands
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a node until it is told to end; the exit code: 0, or 1 for a bad file or a taken port."""
     options = _parser().parse_args(arguments)
+    if (model_command := getattr(options, "model_command", None)) is not None:
+        return int(model_command(options))
     if options.command is not None:
         return _command(options)
     # Late: `--help` and a bad option are answered without importing the server.
@@ -38,7 +42,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 required=options.config is not None,
                 secrets_required=options.secrets is not None,
             )
-            engine = trio.run(find_engine, settings.llama_cpp.binary_path)
+            wanted = settings.llama_cpp
+            engine = trio.run(partial(find_engine, wanted.binary_path, will_be_built=wanted.enabled))
             sys.stdout.write(f"llamesh {llamesh.__version__}, engine {engine.origin} {engine.version}\n")
             return 0
         files = Files(
@@ -50,7 +55,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         )
         store = Store(files, os.environ)
         settings = store.current.settings
-        engine = trio.run(find_engine, settings.llama_cpp.binary_path)
+        wanted = settings.llama_cpp
+        engine = trio.run(partial(find_engine, wanted.binary_path, will_be_built=wanted.enabled))
     except (ConfigError, EngineNotFound) as error:
         sys.stderr.write(f"{error}\n")
         return 1
@@ -113,6 +119,17 @@ def _with_settings(options: argparse.Namespace) -> int:
             from llamesh.commands.invite import invite
 
             return invite(settings, os.environ)
+        case "build":
+            from llamesh.local.builds.terminal import Wanted, build
+
+            wanted = Wanted(
+                options.backend, options.repo_url, options.branch, options.prebuilt, options.force
+            )
+            return build(settings.llama_cpp, wanted, os.environ)
+        case "doctor":
+            from llamesh.local.builds.doctor import doctor
+
+            return doctor(settings.llama_cpp, os.environ)
         case _:
             from llamesh.commands import keys
 
@@ -153,7 +170,9 @@ def _parser() -> argparse.ArgumentParser:
         metavar="TIME",
         help="how long: 90 (seconds), 30m, 2h; `off` ends it; nothing: until `off`",
     )
+    add_commands(commands)
     _add_mesh_commands(commands)
+    _add_build_command(commands)
     # After the command, too; what stands before it counts unless it is said again.
     for command in commands.choices.values():
         _add_files(command, default=argparse.SUPPRESS)
@@ -192,6 +211,36 @@ def _add_mesh_commands(commands: argparse._SubParsersAction[argparse.ArgumentPar
         "line", metavar="LINE", help="what `llamesh invite` printed; `-` asks for it or reads it"
     )
     join.add_argument("--force", action="store_true", help="replace another token or key that is here")
+
+
+def _add_build_command(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    build = commands.add_parser(
+        "build",
+        help="build llama.cpp, test it, and have llama_cpp.binary_path lead to it",
+        description="Builds llama.cpp as the section llama_cpp of the configuration says, tests it, and "
+        "makes it the engine in one step; a node that runs takes it over. Prints the path of the engine. "
+        "When anything goes wrong, the engine in use stays.",
+    )
+    backends = ("auto", "cpu", "cuda", "metal", "vulkan", "hip")
+    build.add_argument(
+        "--backend", choices=backends, help="what computes; auto: the best that can be built on this machine"
+    )
+    build.add_argument(
+        "--repo-url", metavar="SOURCE", help="a git repository, or a folder or an archive with the source"
+    )
+    build.add_argument("--branch", metavar="NAME", help="a branch, a tag or a commit")
+    build.add_argument(
+        "--prebuilt",
+        action="store_true",
+        help="install a release of llama.cpp, checked by sha256, instead of compiling",
+    )
+    build.add_argument("--force", action="store_true", help="build even what is built already")
+    commands.add_parser(
+        "doctor",
+        help="say how it stands with the engine on this machine",
+        description="Says which engine is used, which GPUs it leaves unused, and what is missing to build "
+        "another. Exit code 1 when something is wrong.",
+    )
 
 
 def _add_files(parser: argparse.ArgumentParser, default: str | None = None) -> None:

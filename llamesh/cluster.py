@@ -3,28 +3,32 @@
 from __future__ import annotations
 
 import socket
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import msgspec
 import trio
 
+from llamesh.config.cookbook import ModelPath
 from llamesh.config.current import Current
 from llamesh.config.settings import Settings
-from llamesh.config.values import Address
 from llamesh.dispatch import Dispatch
 from llamesh.dispatch.offering import Offering
 from llamesh.dispatch.router import Router
-from llamesh.errors import InvalidRequest, LlameshError
+from llamesh.errors import Draining, InvalidRequest, LlameshError
 from llamesh.local.owner import Owner
 from llamesh.local.pool import Pool
+from llamesh.local.weights.hashes import Hashes
+from llamesh.local.weights.shared import Shared
 from llamesh.mesh.discovery import Discovery, Sighting
 from llamesh.mesh.identity import Identity, load_identity
 from llamesh.mesh.key_files import IdentityError
 from llamesh.mesh.key_store import KeyStore
 from llamesh.mesh.known_peers import KnownPeers
 from llamesh.mesh.mesh import Mesh
-from llamesh.mesh.static_peers import StaticPeers, Target
+from llamesh.mesh.static_peers import StaticPeers
+from llamesh.peer_weights import PATH as WEIGHTS
+from llamesh.peer_weights import PeerWeights
 from llamesh.telemetry.learned import LearnedValues
 from llamesh.telemetry.logs import get_logger
 from llamesh.web.admin import Administration
@@ -32,6 +36,7 @@ from llamesh.web.fast_lane import FastLane
 from llamesh.web.mesh_pages import MeshPages
 from llamesh.web.mesh_state import MeshRoute
 from llamesh.web.pages import CREATED, Pages
+from llamesh.web.peer_files import PeerFiles
 from llamesh.web.peer_lane import PeerLane
 
 __all__ = ["Cluster", "IdentityError", "Member", "load_member"]
@@ -67,6 +72,7 @@ class Cluster:
     ) -> None:
         self._current = current
         settings = self._settings = current.settings
+        self.leaving = ""  # why nothing is done for peers any more
         self.mesh = Mesh(settings, *member)
         self.owner = Owner()
         router = Router(current, pool, learned, self.mesh.peers)
@@ -88,7 +94,14 @@ class Cluster:
         self.mesh.news = self.offering.news
         self.mesh.peers.on_change = dispatch.settle
         self.mesh.greeting.engine, self.mesh.greeting.engine_version = pool.engine.origin, pool.engine.version
-        self.lane = PeerLane(lane, self.mesh, self._administer)
+        shared = Shared(
+            pool.weights.cache, Hashes(pool.weights.cache.own / "hashes.json"), lambda: _paths(current)
+        )
+        self.weights = PeerWeights(self.mesh.peers, shared, self.unwilling)
+        pool.weights.ask(self.weights)
+        stats = lane.gateway.stats
+        files = PeerFiles(self.weights.open, self.unwilling, lambda: stats.current_requests)
+        self.lane = PeerLane(lane, self.mesh, self._administer, files)
         self.mesh.serve = self.lane.serve_parked
         if settings.cluster.listen_addr is None:
             lane.serve_peer = self.lane.serve
@@ -99,7 +112,7 @@ class Cluster:
 
     def unwilling(self) -> str:
         """Why this node does nothing for its peers now, "" when it does."""
-        return self.owner.willing(self._settings.cluster.serve_peers)
+        return self.leaving or self.owner.willing(self._settings.cluster.serve_peers)
 
     async def run(self, sockets: list[socket.socket], url: str) -> None:
         """Be part of the mesh. `sockets`: those on which peers may dial; `url`: of this node's API."""
@@ -121,9 +134,9 @@ class Cluster:
             txt={"key": mesh.identity.fingerprint},
             addresses=mesh.greeting.hosts,
             on_found=self._sighted,
-            on_lost=mesh.seeker.drop,
+            on_lost=mesh.seeker.unsighted,
         )
-        statics = StaticPeers(cluster.peers, self._resolved)
+        statics = StaticPeers(cluster.peers, mesh.set_static)
         async with trio.open_nursery() as nursery:
             await nursery.start(mesh.run)
             nursery.start_soon(self.offering.run)
@@ -134,24 +147,30 @@ class Cluster:
     def _sighted(self, sighting: Sighting) -> None:
         self.mesh.sighted(sighting.node_id, sighting.addresses)
 
-    def _resolved(self, targets: Iterable[Target]) -> None:
-        found: list[tuple[Address, str | None]] = [(t.address, t.entry.node_id) for t in targets]
-        self.mesh.seeker.set_static(found)
-
     async def _administer(self, peer: str, path: str, body: bytes) -> tuple[int, bytes] | None:
-        """What a peer's operator asks this node to do, having been let in there."""
+        """What a peer asks for: weights, or what its operator wants, having been let in there."""
         if (route := self.routes.get(path)) is not None:
             return await route(peer, body)
+        if path == WEIGHTS:
+            return await self.weights.answer(body)
         if path != "/mesh/prewarm":
             return None
         try:
             document = msgspec.json.decode(body, type=dict[str, Any])
-        except (msgspec.MsgspecError, UnicodeDecodeError) as error:
+        except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
             raise InvalidRequest(f"not a JSON object: {error}") from None
-        document.pop("node", None)
         log.info("prewarm asked by a peer", peer=peer, model=str(document.get("model"))[:120])
+        node = self._settings.node_id
         try:
-            status, answer = await self._acts.prewarm(document)
+            if unwilling := self.unwilling():
+                raise Draining(f"node {node} loads nothing for others: {unwilling}")
+            # Here and nowhere else: who asks has chosen, and nobody is to send it round in circles.
+            status, answer = await self._acts.prewarm({**document, "node": node})
         except LlameshError as error:
             return error.status, error.body()
         return status, msgspec.json.encode(answer)
+
+
+def _paths(current: Current) -> list[str]:
+    """The model files that the cookbook names. In a thread: the cookbook is replaced as a whole."""
+    return [one.source.path for one in current.cookbook.profiles if isinstance(one.source, ModelPath)]

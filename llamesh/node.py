@@ -4,6 +4,9 @@ Shutdown, on SIGTERM or SIGINT
 1. draining: `/readyz` says 503, new requests are answered 503 `draining`; queued and running ones go on
 2. when the last request has ended, or the grace is over, instances are told to end
 3. connections close, learned values are saved, the process ends with 0
+Where the listening sockets were passed to us, somebody holds them for our successor. Then step 1 is to accept
+nothing more (who comes waits in the backlog), and requests on connections that are open are still served,
+each as the last of its connection.
 A second signal, whenever it comes, skips what is left of that: instances are killed, connections cut.
 """
 
@@ -23,14 +26,18 @@ import llamesh
 from llamesh.config.effect import without_effect
 from llamesh.config.problems import ConfigError
 from llamesh.config.store import Change, Store
+from llamesh.config.values import Address
 from llamesh.dispatch import Dispatch
 from llamesh.errors import Draining
+from llamesh.local.builds.manager import BuildManager
 from llamesh.local.keeper import Keeper
 from llamesh.local.launch import Engine
 from llamesh.local.memory import Memory
 from llamesh.local.orphans import Ledger
 from llamesh.local.pool import Pool
 from llamesh.local.ports import Ports
+from llamesh.local.weights.folder import ModelsFolder
+from llamesh.service import BadHandover, Notifier, reload_at_hangup, take_sockets
 from llamesh.telemetry.learned import LearnedValues
 from llamesh.telemetry.logs import get_logger
 from llamesh.telemetry.prometheus import NodeCollector
@@ -57,6 +64,9 @@ _SAVE_SECONDS = 30.0
 # After the grace: answers on their way to clients and the ends of children still get this long.
 _LAST_SECONDS = 15.0
 
+# Kept connections without a request may bring one more for so long, before a successor takes over.
+_LINGER_SECONDS = 1.0
+
 
 class Node:
     """One node of the mesh."""
@@ -64,6 +74,8 @@ class Node:
     def __init__(self, store: Store, engine: Engine, member: Member | None = None) -> None:
         """`member`: who this node is in the mesh, None where it is alone."""
         self.store = store
+        self.notifier = Notifier()  # of what a service manager wants to know
+        self.handed_on = False  # the listening sockets outlive us
         current = store.current
         settings = self.settings = current.settings  # those that need a restart
         self.stats = NodeStats()
@@ -76,6 +88,8 @@ class Node:
         self.keeper = Keeper(current, self.pool)
         self.dispatch = Dispatch(current, self.pool, self.learned)
         self.dispatch.away = self.keeper.away
+        self.builds = BuildManager(settings.llama_cpp, self.pool, settings.node_id)
+        self.stats.builds = self.builds.outcomes
         self.prewarm = Prewarm(self.pool, self.dispatch)
         self.gateway = Gateway(current, self.dispatch, self.stats)
         self.pages = Pages(
@@ -86,14 +100,10 @@ class Node:
             self.learned,
             self.gateway.access,
         )
-        info = {
-            "version": llamesh.__version__,
-            "node": settings.node_id,
-            "engine": engine.origin,
-            "engine_version": engine.version,
-        }
-        administration = Administration(store, self.pool, self.dispatch, self.prewarm, self.keeper)
-        collector = NodeCollector(self.stats, self.pages.gauges, info)
+        administration = Administration(
+            store, self.pool, self.dispatch, self.prewarm, self.keeper, self.builds
+        )
+        collector = NodeCollector(self.stats, self.pages.gauges, self._info)
         self.views = Views(
             store, self.pool, self.dispatch, self.stats, self.learned, self.gateway, self.prewarm
         )
@@ -119,6 +129,15 @@ class Node:
                 administration,
             )
             self.views.join(self.cluster)
+
+    def _info(self) -> dict[str, str]:
+        engine = self.pool.engine
+        return {
+            "version": llamesh.__version__,
+            "node": self.settings.node_id,
+            "engine": engine.origin,
+            "engine_version": engine.version,
+        }
 
     def _apply(self, change: Change) -> None:
         """The files have changed, and `store.current` with them."""
@@ -163,10 +182,16 @@ class Node:
             root.start_soon(self.memory.run, self.pool.all, self.pool.leave_strangers_their_memory)
             root.start_soon(self.keeper.run)
             root.start_soon(self.views.run)
+            root.start_soon(self.builds.run)
             root.start_soon(self.store.watch)
+            if self.settings.models_dir is not None:
+                root.start_soon(ModelsFolder(self.store, self.settings.models_dir).run)
             root.start_soon(listener.run)
             root.start_soon(self._save_now_and_then)
+            await root.start(reload_at_hangup, self.store, self.notifier, self._status)
             self._announce(sockets)
+            self.notifier.ready(self._status())
+            root.start_soon(self.notifier.run, self._status)
             if cluster is not None:
                 root.start_soon(cluster.run, peer_sockets or sockets, self.pages.address)
             await anext(signals)
@@ -198,29 +223,45 @@ class Node:
                 node=self.settings.node_id,
                 models=len(self.store.current.cookbook.profiles),
             )
-        host = self.settings.listen_addr.host
-        if not self.settings.auth.enabled and not _is_loopback(sockets[0]):
-            self.views.own.attention.open_address = str(self.settings.listen_addr)
+        open_to_all = [_place(sock) for sock in sockets if not _is_loopback(sock)]
+        if open_to_all and not self.settings.auth.enabled:
+            self.views.own.attention.open_address = open_to_all[0]
             log.warning(
                 "whoever reaches this address can use the models: set auth.enabled and auth.allowed_keys",
-                listen_addr=host,
+                listen_addr=open_to_all[0],
             )
 
     async def _shut_down(self, signals: AsyncIterator[signal.Signals], listener: Listener) -> None:
         grace = self.store.current.settings.shutdown_grace_period_seconds
         log.info("draining", grace_seconds=grace, running=self.stats.current_requests)
-        self.dispatch.shutting_down = True
+        self.builds.stop()
+        self.notifier.stopping(f"finishing: {self._status()}", grace + 2 * _LAST_SECONDS)
+        self.dispatch.shutting_down = not self.handed_on
         self.lane.closing = True
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self._end_at_second_signal, signals, nursery.cancel_scope)
             with trio.move_on_after(grace):
+                if self.handed_on:
+                    await self._serve_the_last(listener)
                 await self._wait_idle()
+            self.dispatch.shutting_down = True
             nursery.start_soon(self._send_away)
             listener.stop_accepting()
             with trio.move_on_after(_LAST_SECONDS):
                 await self.pool.close()
                 await self._wait_idle()  # those whose instance was just ended are being told so
             nursery.cancel_scope.cancel()
+
+    async def _serve_the_last(self, listener: Listener) -> None:
+        """Accept nothing more, and serve what comes on connections that are open until they have closed, or
+        had a second for it after the last request: a client learns from its answer to open a new one."""
+        listener.stop_accepting()
+        if self.cluster is not None:
+            self.cluster.leaving = "it is being restarted"
+        await self._wait_idle()
+        with trio.move_on_after(_LINGER_SECONDS):
+            while self.stats.connections:
+                await trio.sleep(0.02)
 
     async def _send_away(self) -> None:
         """Who waits is told that it is over, and so are those who come back to wait because their
@@ -241,6 +282,14 @@ class Node:
         await anext(signals)
         log.warning("second signal: ending at once")
         scope.cancel()
+
+    def _status(self) -> str:
+        """This node in a line, for the service manager."""
+        models, running = len(self.store.current.cookbook.profiles), self.stats.current_requests
+        waiting, mistake = self.dispatch.queue_length(), self.store.problems is not None
+        instances = len([*self.pool.all()])
+        text = f"profiles {models}, instances {instances}, requests {running}, of them waiting {waiting}"
+        return f"{text}; a file has a mistake, see the log" if mistake else text
 
     async def _save_now_and_then(self) -> None:
         while True:
@@ -266,6 +315,10 @@ def _url(sock: socket.socket, *, tls: bool) -> str:
     return f"{scheme}://[{host}]:{port}" if ":" in host else f"{scheme}://{host}:{port}"
 
 
+def _place(sock: socket.socket) -> str:
+    return str(Address(*sock.getsockname()[:2]))
+
+
 def _is_loopback(sock: socket.socket) -> bool:
     host = str(sock.getsockname()[0])
     return host.startswith("127.") or host == "::1"
@@ -275,7 +328,11 @@ def serve(store: Store, engine: Engine) -> int:
     """Run a node until it is told to end; the exit code."""
     settings = store.current.settings
     try:
-        sockets = bind(settings.listen_addr.host, settings.listen_addr.port)
+        passed, notifier = take_sockets(os.environ, settings), Notifier.from_environment(os.environ)
+        sockets = passed.api or bind(settings.listen_addr.host, settings.listen_addr.port)
+    except BadHandover as error:
+        sys.stderr.write(f"llamesh: {error}\n")
+        return 1
     except OSError as error:
         reason = error.strerror or str(error)
         sys.stderr.write(
@@ -291,7 +348,7 @@ def serve(store: Store, engine: Engine) -> int:
         own = settings.cluster.listen_addr
         try:
             member = load_member(settings, os.environ)
-            peer_sockets = bind(own.host, own.port) if own is not None else []
+            peer_sockets = passed.peers or (bind(own.host, own.port) if own is not None else [])
         except IdentityError as error:
             sys.stderr.write(f"llamesh: {error}\n")
             return 1
@@ -299,5 +356,7 @@ def serve(store: Store, engine: Engine) -> int:
             reason = error.strerror or str(error)
             sys.stderr.write(f"llamesh: can't listen on cluster.listen_addr {own}: {reason}\n")
             return 1
-    trio.run(Node(store, engine, member).run, sockets, peer_sockets)
+    node = Node(store, engine, member)
+    node.notifier, node.handed_on = notifier, bool(passed.api)
+    trio.run(node.run, sockets, peer_sockets)
     return 0

@@ -19,8 +19,8 @@ from llamesh.config.cookbook import Profile
 from llamesh.core.lifecycle import State
 from llamesh.core.placement import Refuse, Serve, Spawn, choose, place
 from llamesh.dispatch import Ticket
-from llamesh.errors import NoCapacity, QueueFull, QueueTimeout, SpawnFailed
 from llamesh.dispatch.lease import Lease
+from llamesh.errors import NoCapacity, QueueFull, QueueTimeout, SpawnFailed
 from tests.support.scripted import Play, Scripted, World, ask, profile, world
 
 # All moments are multiples of this, so that many things happen at the same one.

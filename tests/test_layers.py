@@ -29,15 +29,19 @@ MAY_IMPORT: dict[str, set[str]] = {
     "core": {"config", "errors"},
     "net": {"errors"},
     "telemetry": {"config", "errors"},
+    "service": {"config", "errors", "telemetry"},
     "local": _LOWER,
     "mesh": _LOWER,
     "dispatch": _MIDDLE,
     "web": _MIDDLE | {"dispatch"},
-    "cluster": _TOP,
-    "node": _TOP | {"cluster"},
+    "peer_source": _MIDDLE,
+    "peer_weights": _MIDDLE | {"peer_source"},
+    "cluster": _TOP | {"peer_weights"},
+    "node": _TOP | {"cluster", "service"},
     "command": {"config"},
     "commands": {"config", "core", "errors", "mesh", "net", "telemetry"},
-    "__main__": _TOP | {"node", "command", "commands"},
+    "model_commands": _LOWER | {"local"},
+    "__main__": _TOP | {"node", "command", "commands", "model_commands"},
 }
 
 # Clocks, chance, files, sockets, processes, threads, logs: what makes one question get another answer.

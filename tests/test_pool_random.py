@@ -22,8 +22,8 @@ from llamesh.config.cookbook import Kind, Profile
 from llamesh.core.capacity import Need
 from llamesh.core.lifecycle import State
 from llamesh.core.placement import choose
-from llamesh.errors import LlameshError
 from llamesh.dispatch.lease import Lease
+from llamesh.errors import LlameshError
 from tests.support.scripted import Play, Scripted, World, get, profile, world
 
 VRAM, SYSMEM = 1000, 600

@@ -41,8 +41,13 @@ def load_files(
 def cross_check(settings: Settings, cookbook: Cookbook) -> None:
     """Raise ConfigError when configuration and cookbook, each fine alone, don't fit together."""
     name = settings.default_model
-    # With a cluster, a peer may have it.
-    if name is None or settings.cluster.enabled or cookbook.find(name) is not None:
+    # With a cluster, a peer may have it; what models_dir holds is seen later.
+    if (
+        name is None
+        or settings.cluster.enabled
+        or settings.models_dir is not None
+        or cookbook.find(name) is not None
+    ):
         return
     names = [profile.public_name for profile in cookbook.listed()]
     hint = f"nearest: {nearest(name, names)}" if names else "the cookbook has no enabled model"

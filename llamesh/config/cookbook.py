@@ -27,6 +27,7 @@ __all__ = [
     "ModelPath",
     "Profile",
     "Source",
+    "UrlFile",
     "load_cookbook",
     "parse_cookbook",
 ]
@@ -50,11 +51,19 @@ class HubFile:
 
 
 @dataclass(frozen=True, slots=True)
+class UrlFile:
+    """A GGUF file at an address, and the SHA-256 that it must have (lower case)."""
+
+    url: str
+    sha256: str
+
+
+@dataclass(frozen=True, slots=True)
 class Elsewhere:
     """Other nodes of the mesh have it, this one doesn't. Never in a cookbook."""
 
 
-Source: TypeAlias = ModelPath | HubFile | FromArguments | Elsewhere
+Source: TypeAlias = ModelPath | HubFile | UrlFile | FromArguments | Elsewhere
 
 
 @dataclass(frozen=True)
@@ -123,6 +132,16 @@ class Cookbook:
     def listed(self) -> tuple[Profile, ...]:
         """What `/v1/models` shows: every enabled profile, `max_instances: 0` included."""
         return self.profiles
+
+    def with_found(self, found: tuple[Profile, ...]) -> Cookbook:
+        """This cookbook and, after it, models that nobody wrote down. What is written wins: of a name, and
+        of a file.
+        """
+        taken = {profile.model.casefold() for profile in self.profiles}
+        taken |= {alias.casefold() for alias in self.aliases}
+        files = {profile.source for profile in self.profiles}
+        more = tuple(p for p in found if p.model.casefold() not in taken and p.source not in files)
+        return Cookbook((*self.profiles, *more), self.aliases) if more else self
 
     def _names(self) -> Iterator[tuple[str, Profile]]:
         also: dict[str, list[str]] = {}
@@ -195,4 +214,6 @@ def _source(entry: ProfileEntry, in_arguments: tuple[FromArguments, ...], folder
         return ModelPath(str(folder / user_path(entry.model_path)))
     if entry.hf_repo is not None:
         return HubFile(entry.hf_repo, entry.hf_file)
+    if entry.url is not None:
+        return UrlFile(entry.url, entry.sha256 or "")  # the rules made sure that it has one
     return in_arguments[0]  # the rules made sure that there is exactly one source

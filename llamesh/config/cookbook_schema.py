@@ -6,17 +6,17 @@ are told together with everything else, however broken the rest of the file is.
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Annotated, Any
 
 from pydantic import AfterValidator
 
 from llamesh.config.arguments import read_arguments
+from llamesh.config.model_names import BadName, check_file, check_sha256, check_url, split_repo
 from llamesh.config.problems import Finding, KeyPath, shown, written
 from llamesh.config.values import Count, PositiveSeconds, Seconds, Section, Text, reject
 
-_ONE_SOURCE = "one of model_path, hf_repo, or a model flag (-m, -hf, ...) in llama_server_args"
+_ONE_SOURCE = "one of model_path, hf_repo, url, or a model flag (-m, -hf, ...) in llama_server_args"
 
 
 def _name(value: str) -> str:
@@ -25,16 +25,19 @@ def _name(value: str) -> str:
     return value
 
 
-def _repo(value: str) -> str:
-    if not re.fullmatch(r"[\w.-]+/[\w.-]+(:[\w.-]+)?", value, re.ASCII):
-        raise reject(f"not a repository: {shown(value)}", "owner/name, or owner/name:quantisation")
-    return value
+def _named(check: Callable[[str], object]) -> Callable[[str], str]:
+    def checked(value: str) -> str:
+        try:
+            check(value)
+        except BadName as error:
+            raise reject(error.message, error.hint) from None
+        return value
+
+    return checked
 
 
-def _hub_file(value: str) -> str:
-    if value.startswith("/") or ".." in value.split("/"):
-        raise reject(f"not a file of a repository: {shown(value)}", "its path below the repository's root")
-    return value
+def _sha256(value: str) -> str:
+    return _named(check_sha256)(value).lower()
 
 
 def _describes(value: str) -> str:
@@ -54,8 +57,10 @@ class ProfileEntry(Section):
     description: Description = ""
     enabled: bool = True
     model_path: Text | None = None
-    hf_repo: Annotated[Text, AfterValidator(_repo)] | None = None
-    hf_file: Annotated[Text, AfterValidator(_hub_file)] | None = None
+    hf_repo: Annotated[Text, AfterValidator(_named(split_repo))] | None = None
+    hf_file: Annotated[Text, AfterValidator(_named(check_file))] | None = None
+    url: Annotated[Text, AfterValidator(_named(check_url))] | None = None
+    sha256: Annotated[Text, AfterValidator(_sha256)] | None = None
     llama_server_args: str = ""
     idle_timeout_seconds: Seconds = 300.0
     startup_timeout_seconds: PositiveSeconds = 60.0
@@ -107,7 +112,7 @@ def rule_findings(data: Any) -> Iterator[Finding]:
 
 
 def _profile_findings(profile: dict[str, Any], at: KeyPath) -> Iterator[Finding]:
-    sources = [key for key in ("model_path", "hf_repo") if profile.get(key) is not None]
+    sources = [key for key in ("model_path", "hf_repo", "url") if profile.get(key) is not None]
     text = profile.get("llama_server_args")
     readable = text is None or isinstance(text, str)
     arguments = read_arguments(text if isinstance(text, str) else "")
@@ -121,6 +126,10 @@ def _profile_findings(profile: dict[str, Any], at: KeyPath) -> Iterator[Finding]
         yield Finding(at, "doesn't say where the model is", _ONE_SOURCE)
     if profile.get("hf_file") is not None and profile.get("hf_repo") is None:
         yield Finding((*at, "hf_file"), "has no hf_repo beside it", "`hf_repo: owner/name`")
+    if profile.get("url") is not None and profile.get("sha256") is None:
+        yield Finding((*at, "url"), "has no sha256 beside it", "`sha256:` and what `sha256sum FILE` prints")
+    if profile.get("sha256") is not None and profile.get("url") is None:
+        yield Finding((*at, "sha256"), "has no url beside it", "`url: https://...`; the hub has its own")
     least, most = profile.get("min_instances"), profile.get("max_instances")
     if isinstance(least, int) and isinstance(most, int) and least > most:
         yield Finding((*at, "min_instances"), f"{least} is above max_instances ({most})", f"at most {most}")

@@ -6,9 +6,6 @@ from llamesh.config.settings import Settings
 
 
 def without_effect(settings: Settings) -> tuple[str, ...]:
-    """The dotted names of switches that do nothing: no builds are made, and links are always encrypted."""
-    switches = {
-        "cluster.noise.enabled": not settings.cluster.noise.enabled,
-        "llama_cpp.enabled": settings.llama_cpp.enabled,
-    }
+    """The dotted names of switches that do nothing: links between nodes are always encrypted."""
+    switches = {"cluster.noise.enabled": not settings.cluster.noise.enabled}
     return tuple(name for name, on in switches.items() if on)

@@ -91,6 +91,9 @@ class Settings(Section):
     max_total_queue_entries: Count = 0
     upstream_read_timeout_ms: Count = 0
     yield_to: tuple[Text, ...] = ()
+    models_dir: UserPath | None = None
+    disk_budget_gb: Seconds = 0.0
+    keep_downloading: bool = True
     model_defaults: ModelDefaults = ModelDefaults()
     llama_cpp_ports: LlamaCppPorts = LlamaCppPorts()
     llama_cpp: LlamaCpp = LlamaCpp()

@@ -39,6 +39,8 @@ RELOADABLE = frozenset(
     {
         "auth",
         "default_model",
+        "disk_budget_gb",
+        "keep_downloading",
         "max_hops",
         "max_instances_per_node",
         "max_sysmem_mb",
@@ -121,7 +123,9 @@ class Store:
         self._environ = environ
         self._good: Signature = (None, None, None)  # of what is in force
         self._seen = self._signature()
+        self._found: tuple[Profile, ...] = ()
         settings, cookbook = self._load()
+        self._written = cookbook
         self._good = self._seen
         self._pending: tuple[str, ...] = ()
         self._lock = trio.Lock()
@@ -139,6 +143,14 @@ class Store:
         """
         async with self._lock:
             return await self._reload()
+
+    def publish_found(self, found: tuple[Profile, ...]) -> None:
+        """These models were found in `models_dir`, and no others: they are served beside the cookbook's."""
+        if found != self._found:
+            self._found = found
+            change = _difference(self.current, self.current.settings, self._whole())
+            self.current.cookbook = self._whole()
+            self.on_change(change)
 
     async def watch(self) -> None:
         """Reload whenever a file changes, for ever. Cancelling it takes a tenth of a second."""
@@ -193,7 +205,8 @@ class Store:
         self.problems = None
         self.reloads += 1
         self._good = self._seen
-        current = self.current
+        self._written, current = cookbook, self.current
+        cookbook = self._whole()
         change = _difference(current, settings, cookbook)
         current.settings = current.settings.model_copy(
             update={name: getattr(settings, name) for name in RELOADABLE}
@@ -203,6 +216,9 @@ class Store:
         if replace(change, needs_restart=()) != Change() or before != self._pending:
             self.on_change(change)
         return change
+
+    def _whole(self) -> Cookbook:
+        return self._written.with_found(self._found)
 
     def _refused(self, error: ConfigError) -> ConfigError:
         self.problems = error

@@ -101,9 +101,10 @@ class Later:
 
 @dataclass(frozen=True, slots=True)
 class Never:
-    """It can't fit. `reason` completes "can't start X: ..."."""
+    """It can't fit. `reason` completes "can't start X: ..."; `failed`: it isn't for want of room."""
 
     reason: str
+    failed: bool = False
 
 
 Room = Fits | Evict | Later | Never

@@ -17,7 +17,9 @@ import msgspec
 # An offer's key in the state of its node begins with this.
 OFFER_PREFIX = "p:"
 
-_Name: TypeAlias = Annotated[str, msgspec.Meta(min_length=1, max_length=256, pattern=r"^[^\x00-\x1f\x7f]*$")]
+_Name: TypeAlias = Annotated[
+    str, msgspec.Meta(min_length=1, max_length=256, pattern=r"^[^\x00-\x1f\x7f:]*\Z")
+]
 _Text: TypeAlias = Annotated[str, msgspec.Meta(max_length=4096)]
 _Count: TypeAlias = Annotated[int, msgspec.Meta(ge=0, le=1 << 53)]
 _Amount: TypeAlias = Annotated[float, msgspec.Meta(ge=0, le=1e15)]
@@ -78,7 +80,8 @@ class Situation(msgspec.Struct, frozen=True, omit_defaults=True):
     slots: of its ready instances; others: requests there, running or waiting, that the peer who is
     told did not send itself (it knows its own better); loading_left_ms: until an instance that loads
     is ready, None when none loads; loading_slots: what that will bring; room_ms: what making
-    room for one more instance takes, None when there can't be one more now; failing: starts of it fail.
+    room for one more instance takes, None when there can't be one more now; download_ms: until its
+    weights are on that disk; failing: starts of it fail.
     """
 
     slots: _Count = 0
@@ -86,6 +89,7 @@ class Situation(msgspec.Struct, frozen=True, omit_defaults=True):
     loading_left_ms: _Amount | None = None
     loading_slots: _Count = 0
     room_ms: _Amount | None = 0.0
+    download_ms: _Amount = 0.0
     failing: bool = False
 
 

@@ -52,9 +52,10 @@ class Wait:
 
 @dataclass(frozen=True, slots=True)
 class Refuse:
-    """This request can't be served here, now or later."""
+    """This request can't be served here, now or later; `failed`: not for want of room."""
 
     reason: str
+    failed: bool = False
 
 
 Placement = Serve | Spawn | Wait | Refuse
@@ -123,5 +124,5 @@ def place(
             return Spawn(ids, on_cpu=on_cpu)
         case Later(reason):
             return Wait(reason)
-        case Never(reason):
-            return Refuse(reason)
+        case Never(reason, failed):
+            return Refuse(reason, failed)

@@ -51,6 +51,10 @@ from llamesh.telemetry.logs import get_logger
 
 log = get_logger("dispatch")
 
+# Of a queue whose first ones have to stay here. More than those are a burst of peers' requests, and its end
+# is near.
+_MOST_LOOKED_AT = 64
+
 
 class Dispatch:
     """Owner of all queues of this node; see the module."""
@@ -94,17 +98,25 @@ class Dispatch:
     def count_origin(self, origin: str, key: str, change: int) -> None:
         """One more (1) or less (-1) of a peer's requests is here."""
         if self.router is not None:
-            self.router.requests[origin, key] += change
+            requests = self.router.requests
+            requests[origin, key] += change
+            if not requests[origin, key]:
+                del requests[origin, key]
 
     def take(self, ask: Ask) -> AnyLease | None:
         """A free slot, at once, when nobody waits for the profile; else None."""
         key = ask.profile.key
         if key in self._lines or self.shutting_down or self.drained:
             return None
+        if ask.travel.origin and self.unwilling():
+            return None
         instances = self._pool.instances(key)
         index = choose(instances)
         if index < 0:
-            return None
+            if self.router is None or not isinstance(ask.profile.source, Elsewhere):
+                return None
+            # No queue, no ticket: there is nothing here to wait for.
+            return self.router.forward(ask, here=False, since=trio.current_time())
         if self.router is not None:
             forward = self.router.forward(ask, here=True, since=trio.current_time())
             if forward is not None:
@@ -118,7 +130,8 @@ class Dispatch:
         """
         profile = self._current.cookbook.find(ask.profile.key) or ask.profile
         ticket = Ticket(ask, self._lines.get(profile.key) or Line(profile), self)
-        self._check_patience(ask)
+        if not admitted:
+            self._check_patience(ask)
         try:
             if (closed := self.closed) and not admitted:
                 raise Draining(f"node {self._node} {closed}, and takes no new requests; try another node")
@@ -201,11 +214,11 @@ class Dispatch:
                 f"the {patience:.0f} ms for which node {ask.travel.origin} prefers it"
             )
 
-    def _send_away(self, ticket: Ticket, *, here: bool) -> bool:
+    def _send_away(self, ticket: Ticket, *, here: bool, ahead: int = 0) -> bool:
         """Give the request to a peer, if one will answer sooner (`here`: than this node, else: at all)."""
         if self.router is None:
             return False
-        forward = self.router.forward(ticket.ask, here=here, since=ticket.since)
+        forward = self.router.forward(ticket.ask, here=here, since=ticket.since, ahead=ahead)
         if forward is None:
             return False
         ticket._grant(forward)
@@ -273,11 +286,9 @@ class Dispatch:
         profile, pool, key = line.profile, self._pool, line.profile.key
         while line.tickets:
             if isinstance(profile.source, Elsewhere):
-                if self._await_peers(line):
-                    break
-                continue
-            if self._send_away(line.tickets[0], here=True):
-                line.tickets.popleft()
+                self._await_peers(line)
+                break
+            if self._send_first_away(line):
                 continue
             if self._is_hopeless(key):
                 self._send_away_or_refuse(line, self._spawn_failed(profile))
@@ -315,26 +326,46 @@ class Dispatch:
                         # It waits for something else now: whoever was to leave for it needn't.
                         pool.forgo(key)
                     break
-                case Refuse(reason):
+                case Refuse(reason, failed):
                     message = f"{key} can't run on node {self._node}: {reason}"
-                    self._send_away_or_refuse(line, NoCapacity(message))
+                    refusal = (SpawnFailed if failed else NoCapacity)(message)
+                    self._send_away_or_refuse(line, refusal)
         self._forget_if_empty(line)
 
-    def _await_peers(self, line: Line) -> bool:
-        """For a model that only peers have. True: its head has to wait for one of them."""
-        ticket = line.tickets[0]
-        if self._send_away(ticket, here=False):
-            line.tickets.popleft()
+    def _send_first_away(self, line: Line) -> bool:
+        """Decide for the first in the queue, of those who may go at all: who has to stay holds up nobody."""
+        if self.router is None:
             return False
-        why = self.router.peers.explain(line.profile.key) if self.router is not None else ""
-        if why and not ticket.ask.excluded and not ticket.ask.travel.origin:
-            line.reason = why
-            return True
-        why = why or "no node of the mesh has it any more"
-        line.tickets.popleft()._refuse(
-            NoCapacity(f"{line.profile.key} isn't on node {self._node}, and {why}")
-        )
+        for ahead, ticket in enumerate(itertools.islice(line.tickets, _MOST_LOOKED_AT)):
+            if self._send_away(ticket, here=True, ahead=ahead):
+                line.tickets.remove(ticket)
+                return True
+            if self.router.has_choice(ticket.ask):
+                return False
         return False
+
+    def _await_peers(self, line: Line) -> None:
+        """For a model that only peers have: send away whom they take, let wait who can, refuse the rest."""
+        stuck = False
+        for ticket in list(line.tickets):
+            ask = ticket.ask
+            ordinary = not ask.excluded and not ask.travel.origin
+            if ordinary and stuck:
+                continue  # as the one before it
+            if self._send_away(ticket, here=False):
+                line.tickets.remove(ticket)
+                continue
+            why = self.router.peers.explain(line.profile.key, ask.excluded) if self.router is not None else ""
+            if ask.travel.hops >= self._current.settings.max_hops:
+                ordinary, why = False, f"it has made {ask.travel.hops} hops, as many as max_hops allows"
+            elif ordinary or (why and not ask.travel.origin):
+                # Whoever has it may come back; until then, patience is the limit.
+                line.reason = why or "no node of the mesh has it now"
+                stuck = stuck or ordinary
+                continue
+            line.tickets.remove(ticket)
+            why = why or "no other node of the mesh has it"
+            ticket._refuse(NoCapacity(f"{line.profile.key} isn't on node {self._node}, and {why}"))
 
     def _is_hopeless(self, key: str) -> bool:
         """Whether all tries to start it failed a moment ago, and no other instance is or will be there."""

@@ -22,7 +22,8 @@ class Travel:
     `origin`: the peer that sent it, "" for a client of this node; `via`: all nodes before this one, the
     first is where the client is; `attempt`: instances that it broke already, anywhere. What the sender can
     bear, in milliseconds: `max_wait_ms` until it starts here, else it would rather go elsewhere;
-    `deadline_ms` until it has ended, of the limit for all of it.
+    `deadline_ms` until it has ended, of the limit for all of it. `model`: which profile is meant, whatever
+    the body says: names are the entry node's own; `fingerprint`: only just the same will do.
     """
 
     origin: str = ""
@@ -31,6 +32,8 @@ class Travel:
     attempt: int = 0
     max_wait_ms: float | None = None
     deadline_ms: float | None = None
+    model: str = ""
+    fingerprint: str = ""
 
 
 AT_HOME = Travel()
@@ -106,7 +109,23 @@ class Seat(Protocol):
     """A forward in flight, as the mesh counts it. `leave` exactly once."""
 
     @property
-    def node(self) -> str: ...
+    def node(self) -> str:
+        """The peer that is to serve."""
+
+    @property
+    def first_hop(self) -> str:
+        """Where it is sent: the peer itself, or a node that leads to it."""
+
+    @property
+    def model(self) -> str:
+        """The profile, as the peer calls it."""
+
+    @property
+    def asleep(self) -> bool:
+        """Whether `connect` has to wake a machine first."""
+
+    async def wake(self) -> None:
+        """Wake it, and return when it has joined. Raises UpstreamBroken. May be cancelled and called anew."""
 
     async def connect(self, *, fresh: bool) -> UpstreamConnection:
         """A connection to the peer. Raises UpstreamBroken."""
@@ -122,14 +141,26 @@ class Seat(Protocol):
 class Forward:
     """A seat at a peer, held for one request; the same verbs as `Lease`."""
 
-    __slots__ = ("_released", "ask", "max_wait_ms", "queued_seconds", "seat", "since")
+    __slots__ = (
+        "_released", "ask", "fingerprint", "max_wait_ms", "queued_seconds", "seat", "sent", "since",
+    )  # fmt: skip
 
-    def __init__(self, ask: Ask, seat: Seat, queued_seconds: float, max_wait_ms: float | None) -> None:
-        """`max_wait_ms`: when it would have to wait longer there, another place would have been better."""
+    def __init__(
+        self,
+        ask: Ask,
+        seat: Seat,
+        queued_seconds: float,
+        max_wait_ms: float | None,
+        fingerprint: str | None = None,
+    ) -> None:
+        """`max_wait_ms`: when it would have to wait longer there, another place would have been better;
+        `fingerprint`: what the peer has to run, None where that doesn't matter."""
         self.ask = ask
         self.seat = seat
         self.queued_seconds = queued_seconds
         self.max_wait_ms = max_wait_ms
+        self.fingerprint = fingerprint or ""
+        self.sent = False  # the peer may have had it in its hands
         self.since = trio.current_time()
         self._released = False
 

@@ -13,7 +13,7 @@ from pathlib import Path, PurePath
 
 import trio
 
-from llamesh.config.cookbook import HubFile, ModelPath, Profile
+from llamesh.config.cookbook import HubFile, ModelPath, Profile, UrlFile
 from llamesh.config.current import Current
 from llamesh.core.offers import IDLE, OFFER_PREFIX, News, Offer, Situation, encode
 from llamesh.core.speeds import Told, steady, told
@@ -141,6 +141,8 @@ class Offering:
                 name = f"{PurePath(path).name} {self._sizes.get(path, '')}"
             case HubFile(repo, file):
                 name = f"{repo} {file or ''}"
+            case UrlFile(url, sha256):
+                name = sha256 or url
             case _:
                 name = ""
         words = [profile.kind, name, *sorted(_with_meaning(profile.arguments))]

@@ -57,13 +57,13 @@ class Patience:
             return math.inf
         spent, looked = line.spent.get(ticket, (0.0, now))
         loading = self._loading(profile.key)
-        if loading is None or now - loading.last_progress > _PROGRESS_HOLDS:
+        moved = self._pool.weights.moved(profile) if loading is None else loading.last_progress
+        if now - moved > _PROGRESS_HOLDS:
             spent += now - looked
         line.spent[ticket] = (spent, now)
         if spent * 1000 >= limit:
-            extra = {}
-            if loading is not None:
-                extra["loading"] = self.loading_info(loading)
+            coming = self.loading_info(loading) if loading else self._pool.weights.told(profile, self._node)
+            extra = {"loading": coming} if coming else {}
             raise QueueTimeout(
                 f"{profile.key} on node {self._node}: no slot within {limit} ms ({self.describe(ticket)})",
                 extra=extra,
@@ -80,6 +80,8 @@ class Patience:
         loading = self._loading(key)
         if loading is not None:
             return f"loading {key} for {trio.current_time() - loading.created:.0f} s"
+        if (download := self._pool.weights.progress(ticket.ask.profile)) is not None:
+            return f"{download}, for {key}"
         line = ticket._line
         ahead = line.tickets.index(ticket) if ticket in line.tickets else 0
         if line.reason and line.reason != "queued":

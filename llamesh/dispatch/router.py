@@ -22,7 +22,7 @@ from llamesh.core.lifecycle import State
 from llamesh.core.offers import Situation
 from llamesh.core.routing import Choice, max_wait_ms, route
 from llamesh.core.speeds import WINDOW, Speeds, note
-from llamesh.dispatch.lease import Ask, Forward, Seat
+from llamesh.dispatch.lease import Ask, Forward, Seat, Travel
 from llamesh.local.pool import Pool
 from llamesh.telemetry.learned import LearnedValues
 from llamesh.telemetry.logs import get_logger
@@ -32,6 +32,9 @@ log = get_logger("router")
 
 # An idle instance that has to leave first is gone after this long; a busy one after its requests, too.
 _LEAVES_MS = 100.0
+
+# What a download takes before anything is known about it: a few gigabytes over a good line.
+_DOWNLOAD_MS = 120_000.0
 
 # Looking into a model's file takes about this long.
 _LOOK_MS = 20.0
@@ -46,14 +49,23 @@ class Peers(Protocol):
     def find(self, name: str) -> Profile | None:
         """The profile that `name` means at a peer, as one that isn't run here."""
 
-    def outlooks(self, key: str, excluded: Collection[str], fingerprint: str | None = None) -> list[Outlook]:
+    def outlooks(
+        self,
+        key: str,
+        excluded: Collection[str],
+        fingerprint: str | None = None,
+        usual_load_ms: float = 0.0,
+    ) -> list[Outlook]:
         """The peers that could take a request now. `fingerprint`: only those that run just the same."""
 
-    def seat(self, node: str, key: str) -> Seat | None:
+    def seat(self, node: str, key: str, excluded: Collection[str]) -> Seat | None:
         """Count one more forward to the peer; None when it isn't to be asked just now."""
 
-    def explain(self, key: str) -> str:
-        """Why no peer takes a request for the profile now, for people."""
+    def explain(self, key: str, excluded: Collection[str] = ()) -> str:
+        """Why no peer takes a request for the profile now, for people; "" when none is left to have it."""
+
+    def fingerprint(self, key: str) -> str:
+        """Which of several versions of a profile is used that this node doesn't have; "" when none is."""
 
 
 class Router:
@@ -98,41 +110,77 @@ class Router:
         )
         self._learned.of(key).speeds = msgspec.to_builtins(speeds)
 
-    def forward(self, ask: Ask, *, here: bool, since: float) -> Forward | None:
-        """A seat at the peer that will answer sooner than this node; None: this node is to do it.
+    def has_choice(self, ask: Ask) -> bool:
+        """Whether there is a peer that could take it now."""
+        return self._may_leave(ask) and any(
+            not 0 < one.n_ctx < ask.features.prompt_tokens
+            for one in self.peers.outlooks(ask.profile.key, _excluded(ask), self._needs_same(ask))
+        )
 
-        `here`: this node could; without it, any peer is better than nothing. A request that comes from a
-        peer goes on only where this node merely connects two others: who sent it knows better where
-        else it might go, and two nodes that send it to and fro serve nobody.
+    def _may_leave(self, ask: Ask) -> bool:
+        """A request that comes from a peer goes on only where this node merely connects two others: who
+        sent it knows better where else it might go, and two nodes that send it to and fro serve nobody.
         """
         travel, profile = ask.travel, ask.profile
-        if not self.peers.has(profile.key) or (travel.origin and not _never_runs_here(profile)):
+        if not self.peers.has(profile.key) or (travel.origin and not never_runs_here(profile)):
+            return False
+        return not ask.here_only and travel.hops < self._current.settings.max_hops
+
+    def forward(self, ask: Ask, *, here: bool, since: float, ahead: int = 0) -> Forward | None:
+        """A seat at the peer that will answer sooner than this node; None: this node is to do it.
+
+        `here`: this node could; without it, any peer is better than nothing. `ahead`: how many in the queue
+        of this node come first.
+        """
+        if not self._may_leave(ask):
             return None
-        if ask.here_only or travel.hops >= self._current.settings.max_hops:
-            return None
-        excluded = ask.excluded.union(travel.via) if travel.via else ask.excluded
-        outlooks = self.peers.outlooks(profile.key, excluded, self._needs_same(profile))
+        profile, excluded = ask.profile, _excluded(ask)
+        same = self._needs_same(ask)
+        # Who never loaded it is taken to need as long as we do: else it would never get to show it.
+        usual = self._learned.of(profile.key).load_seconds * 1000
+        outlooks = self.peers.outlooks(profile.key, excluded, same, usual)
         features = self._features(ask)
+        if not here and outlooks and all(0 < one.n_ctx < features.prompt_tokens for one in outlooks):
+            # The length is an estimate, and the engine's own answer is better than none from us.
+            largest = max(one.n_ctx for one in outlooks)
+            outlooks = [msgspec.structs.replace(one, n_ctx=0) for one in outlooks if one.n_ctx == largest]
         while outlooks:
-            # Who is asked about is the first in the queue, if it is in it at all.
-            own = self.outlook(profile, behind_queue=False) if here else None
+            own = self.outlook(profile, ahead=ahead) if here else None
+            waited = (trio.current_time() - since) * 1000
+            if own is not None and 0 < own.service_ms < waited:
+                # Whoever has the slots takes longer than others did: as long again, for all that is known.
+                own = msgspec.structs.replace(own, service_ms=waited)
             choice = route(own, outlooks, features)
             if ask.record is not None:
                 ask.record.decision = choice.considered
             if not choice.node:
                 return None
-            seat = self.peers.seat(choice.node, profile.key)
+            seat = self.peers.seat(choice.node, profile.key, excluded)
             if seat is not None:
                 self._narrate(ask, choice)
                 queued = trio.current_time() - since
-                return Forward(ask, seat, queued, max_wait_ms(choice))
+                return Forward(ask, seat, queued, max_wait_ms(choice), same)
             outlooks = [one for one in outlooks if one.node != choice.node]
         return None
 
-    def _needs_same(self, profile: Profile) -> str | None:
-        """Embeddings of other weights or settings aren't comparable with ours, so they must not mix."""
-        ours = profile.kind == "embedding" and not isinstance(profile.source, Elsewhere)
-        return self.fingerprint(profile) if ours else None
+    def _needs_same(self, ask: Ask) -> str | None:
+        """Embeddings of other weights or settings aren't comparable with ours, so they must not mix; nor
+        must those of several peers where we have none."""
+        profile = ask.profile
+        if profile.kind != "embedding":
+            return None
+        if ask.travel.fingerprint:
+            return ask.travel.fingerprint
+        return self.peers.fingerprint(profile.key) if never_runs_here(profile) else self.fingerprint(profile)
+
+    def differs(self, profile: Profile, travel: Travel) -> bool:
+        """Whether this node would answer a peer's request with other weights or settings than are wanted."""
+        return bool(
+            travel.fingerprint
+            and profile.kind == "embedding"
+            and not never_runs_here(profile)
+            and self.fingerprint(profile) != travel.fingerprint
+        )
 
     def _features(self, ask: Ask) -> Features:
         """What a client names as its limit is seldom used up; the usual answer says more."""
@@ -148,14 +196,14 @@ class Router:
 
     def wait_here(self, ask: Ask) -> float:
         """Expected milliseconds until an instance of this node takes the request."""
-        terms = expected(self.outlook(ask.profile, behind_queue=True), ask.features)
-        return terms.wait
+        ahead = self.queue_length(ask.profile.key)
+        return expected(self.outlook(ask.profile, ahead=ahead), ask.features).wait
 
-    def outlook(self, profile: Profile, *, behind_queue: bool) -> Outlook:
-        """This node as a candidate. `behind_queue`: who waits here comes first."""
+    def outlook(self, profile: Profile, *, ahead: int) -> Outlook:
+        """This node as a candidate for a request before which so many in the queue come."""
         key = profile.key
         now = self.situation(key)
-        others = now.others if behind_queue else max(0, now.others - self.queue_length(key))
+        others = max(0, now.others - self.queue_length(key)) + ahead
         speeds, learned = self.speeds(key), self._learned.of(key)
         running = min(now.slots, others)
         return Outlook(
@@ -169,6 +217,7 @@ class Router:
             loading_slots=now.loading_slots,
             load_ms=None if now.room_ms is None else learned.load_seconds * 1000,
             room_ms=now.room_ms or 0.0,
+            download_ms=now.download_ms,
             slots_per_instance=learned.n_slots,
             service_ms=speeds.service_ms,
             prefill_ms_per_token=speeds.prefill_ms,
@@ -204,21 +253,38 @@ class Router:
         if origin:
             others = max(0, others - self.requests[origin, key])
         profile = self._current.cookbook.find(key)
+        if profile is not None and profile.key != key:
+            profile = None
         trouble = self._pool.trouble(key)
         return Situation(
             slots=slots,
             others=others,
             loading_left_ms=left,
             loading_slots=loading_slots,
-            room_ms=self._room_ms(profile) if profile is not None and profile.key == key else None,
+            room_ms=self._room_ms(profile) if profile is not None else None,
+            download_ms=self._download_ms(profile) if profile is not None else 0.0,
             failing=trouble is not None and trouble.exhausted and not slots,
         )
 
+    def _download_ms(self, profile: Profile) -> float:
+        """Until its weights are here. Only asks: who looks must not start to fetch them."""
+        weights = self._pool.weights
+        if weights.is_here(profile):
+            return 0.0
+        progress = weights.progress(profile)
+        left = progress.eta_seconds if progress is not None else None
+        return _DOWNLOAD_MS if left is None else left * 1000
+
     def _room_ms(self, profile: Profile) -> float | None:
         """What making room for one more instance would take; None when there can't be one now."""
+        if self._pool.max_instances(profile) < 1:
+            return None
+        if not self._pool.weights.is_here(profile):
+            # How large it is shows when it has come.
+            return None if self._pool.weights.failure(profile) is not None else 0.0
         if len(self._pool.instances(profile.key)) >= self._pool.max_instances(profile):
             return None
-        match self._pool.room(profile):
+        match self._pool.room(profile, fetch=False):
             case Fits():
                 return 0.0
             case Evict(ids):
@@ -234,8 +300,14 @@ class Router:
 
     @staticmethod
     def _narrate(ask: Ask, choice: Choice) -> None:
-        log.debug("forward", request_id=ask.request_id, profile=ask.profile.key, decision=choice.text())
+        if log.debugging:
+            log.debug("forward", request_id=ask.request_id, profile=ask.profile.key, decision=choice.text())
 
 
-def _never_runs_here(profile: Profile) -> bool:
+def _excluded(ask: Ask) -> frozenset[str]:
+    return ask.excluded.union(ask.travel.via) if ask.travel.via else ask.excluded
+
+
+def never_runs_here(profile: Profile) -> bool:
+    """Whether this node only knows who has it."""
     return isinstance(profile.source, Elsewhere) or profile.max_instances == 0

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -27,7 +26,7 @@ from llamesh.local.orphans import Ledger
 from llamesh.local.ports import Port
 from llamesh.local.process import Child
 from llamesh.local.slots import Slots, tasks_at_work
-from llamesh.local.startup import Facts, Progress
+from llamesh.local.startup import Facts, Progress, file_exists
 from llamesh.net.exchange import UpstreamBroken, UpstreamConnection
 from llamesh.net.transport import connect
 from llamesh.telemetry.logs import get_logger
@@ -90,7 +89,7 @@ class Instance:
         self.created = self.last_used = self.last_progress = trio.current_time()
         self.was_ready = False
         self.ready_after = 0.0  # seconds from start to ready
-        self._engine = engine
+        self.engine = engine
         self._port = port
         self._slot_limit = slot_limit
         self._ledger = ledger
@@ -260,19 +259,19 @@ class Instance:
             self._on_change(self)
 
     async def _live(self) -> None:
-        if self.state is not State.STARTING:
-            return  # told to end before it began
         source = self.profile.source
-        if isinstance(source, ModelPath) and not Path(source.path).exists():
+        if isinstance(source, ModelPath) and not await file_exists(source.path, ASK_TIMEOUT):
             # llama-server would say so too, but after a start and in many words.
             self.failure = Failure(f"there is no model file {source.path}", None, "")
             return
-        command = [*self._engine.command, *self.launch.arguments]
+        if self.state is not State.STARTING:
+            return  # told to end before it began
+        command = [*self.engine.command, *self.launch.arguments]
         environment = child_environment(self._environment, api_key=self._api_key)
         try:
             child = self.child = Child.spawn(command, env=environment, on_line=self._read_line)
         except OSError as error:
-            self.failure = Failure(f"can't start {self._engine.command[0]}: {error}", None, "")
+            self.failure = Failure(f"can't start {self.engine.command[0]}: {error}", None, "")
             return
         self._progress = Progress(child.pid)
         problem = self._ledger.record(child.pid)

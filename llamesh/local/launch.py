@@ -9,27 +9,27 @@ from __future__ import annotations
 
 import importlib.metadata
 import os
-import re
 import shutil
 import site
 import sys
 import sysconfig
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
-import trio
-
 import llamesh
-from llamesh.config.cookbook import Elsewhere, FromArguments, HubFile, ModelPath, Profile
-from llamesh.local.process import Child, Platform
+from llamesh.config.cookbook import Elsewhere, FromArguments, HubFile, ModelPath, Profile, UrlFile
+from llamesh.local.asking import ask, flags_in, version_in
+from llamesh.local.builds.record import build_behind
+from llamesh.local.process import Platform
 
 __all__ = [
     "BadArguments",
     "Engine",
     "EngineNotFound",
     "Launch",
+    "ask_version",
     "build_launch",
     "child_environment",
     "find_engine",
@@ -41,7 +41,6 @@ PROGRAM = "llama-server"
 DEFAULT_BINARY_PATH = Path("./llama.cpp/bin/llama-server")
 # A wrapper script may know neither --version nor --help and start for real: ask for so long, then kill it.
 ASK_SECONDS = 2.0
-_ANSWER_LINES = 4000
 
 _EMBEDDED_MODULE = "llamesh.local.engine"
 _RUN_FROM_CHECKOUT = (
@@ -55,8 +54,6 @@ _ALIAS = frozenset({"-a", "--alias"})
 _HOST = frozenset({"--host"})
 _PORT = frozenset({"--port"})
 _SECRETS = frozenset({"--api-key", "--hf-token", "-hft"})
-# An answer to --help without these isn't llama-server's own, and says nothing about which flags pass.
-_PROOF_OF_HELP = frozenset({"--ctx-size", "--port", "--host"})
 
 # What a child must not inherit, besides everything that begins with LLAMESH_.
 _NOT_INHERITED = frozenset(
@@ -107,13 +104,21 @@ class Engine:
     """The program behind every instance.
 
     `command` comes before the arguments; `version` is what it says of itself or "unknown"; `flags` are those
-    its `--help` lists, empty when it can't be asked.
+    its `--help` lists, empty when it can't be asked. `build` names the build of ours that it is, "" for
+    none; `always`: arguments that it must be run with, whatever a profile says.
     """
 
     command: tuple[str, ...]
     origin: Literal["configured", "path", "embedded"]
     version: str
     flags: frozenset[str] = frozenset()
+    build: str = ""
+    always: tuple[str, ...] = ()
+
+    @property
+    def identity(self) -> str:
+        """What tells it from another one that may behave otherwise: builds of one commit may differ."""
+        return f"{self.version} {self.build}".strip()
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,12 +140,14 @@ async def find_engine(
     environ: Mapping[str, str] | None = None,
     ask_seconds: float = ASK_SECONDS,
     platform: Platform | None = None,
+    will_be_built: bool = False,
 ) -> Engine:
     """The configured binary, else a `llama-server` on PATH, else the embedded engine.
 
     `binary_path` is llama_cpp.binary_path; when it isn't `default_path` somebody chose it, and then nothing
-    else will do. Runs the binary with `--version` and `--help`, each for `ask_seconds` at most; no answer is
-    fine. Raises EngineNotFound.
+    else will do, unless it `will_be_built`. One that leads to a build of ours is that build, whatever the
+    path leads to later. Runs the binary with `--version` and `--help`, each for `ask_seconds` at most; no
+    answer is fine. Raises EngineNotFound.
     """
     environ = os.environ if environ is None else environ
     if binary_path.exists():
@@ -149,9 +156,13 @@ async def find_engine(
                 f"llama_cpp.binary_path {binary_path} is not an executable file: make it one (chmod +x) or "
                 "name another"
             )
+        if (ours := build_behind(binary_path)) is not None:
+            build, program = ours
+            engine = await _ask_engine("configured", str(program), environ, ask_seconds, platform)
+            return replace(engine, build=build.key, always=build.always)
         # Absolute, since a child may be started in another directory.
         return await _ask_engine("configured", str(binary_path.absolute()), environ, ask_seconds, platform)
-    if binary_path != default_path:
+    if binary_path != default_path and not will_be_built:
         raise EngineNotFound(
             f"llama_cpp.binary_path {binary_path} does not exist: correct it, or leave it out to use a "
             f"{PROGRAM} on PATH or the embedded engine"
@@ -162,6 +173,9 @@ async def find_engine(
     try:
         version = importlib.metadata.version("xllamacpp")
     except importlib.metadata.PackageNotFoundError:
+        if will_be_built:
+            # Starts of it fail and say so, until it is there.
+            return Engine((str(binary_path.absolute()),), "configured", "unknown")
         raise EngineNotFound(
             f"there is no engine: {binary_path} does not exist, no {PROGRAM} is on PATH, and the embedded "
             "engine (Python package xllamacpp) is not installed"
@@ -180,6 +194,11 @@ def _embedded_command() -> tuple[str, ...]:
     return (sys.executable, "-P", "-c", _RUN_FROM_CHECKOUT, root)
 
 
+async def ask_version(program: Path, environ: Mapping[str, str]) -> str:
+    """What a program says of itself, "unknown" where it doesn't."""
+    return (await _ask_engine("configured", str(program), environ, ASK_SECONDS, None)).version
+
+
 async def _ask_engine(
     origin: Literal["configured", "path"],
     program: str,
@@ -187,55 +206,19 @@ async def _ask_engine(
     seconds: float,
     platform: Platform | None,
 ) -> Engine:
-    said, answered = await _ask([program, "--version"], environ, seconds, platform)
-    version = next(filter(None, map(_version_in, said)), "unknown")
+    environment = child_environment(environ, api_key="")
     flags: frozenset[str] = frozenset()
-    # One that didn't come back from the first question won't from the second.
-    if answered:
-        said, answered = await _ask([program, "--help"], environ, seconds, platform)
-        if answered:
-            flags = _flags_in(said)
-    return Engine((program,), origin, version, flags)
-
-
-async def _ask(
-    command: Sequence[str], environ: Mapping[str, str], seconds: float, platform: Platform | None
-) -> tuple[list[str], bool]:
-    """What a program says, and whether it ended with success in time; its whole group is gone afterwards."""
-    lines: list[str] = []
-
-    def keep(line: str) -> None:
-        if len(lines) < _ANSWER_LINES:
-            lines.append(line)
-
     try:
-        child = Child.spawn(
-            command, env=child_environment(environ, api_key=""), on_line=keep, platform=platform
-        )
+        said, answered = await ask([program, "--version"], environment, seconds, platform)
+        version = version_in(said)
+        # One that didn't come back from the first question won't from the second.
+        if answered:
+            said, answered = await ask([program, "--help"], environment, seconds, platform)
+            if answered:
+                flags = flags_in(said)
     except OSError as problem:
-        raise EngineNotFound(f"{command[0]} can't be started: {problem}") from problem
-    code: int | None = None
-    with trio.move_on_after(seconds):
-        code = await child.run()
-    return lines, code == 0
-
-
-_VERSION_LINE = re.compile(r"version:\s*(\S.{0,79})")
-# "-c,    --ctx-size N        size of ...": names joined by commas, up to the first thing that isn't one.
-_FLAG_LINE = re.compile(r"\s{0,8}(-{1,2}[A-Za-z][\w.-]*(?:,\s*-{1,2}[A-Za-z][\w.-]*)*)")
-
-
-def _version_in(line: str) -> str | None:
-    found = _VERSION_LINE.match(line)
-    return found[1].strip() if found else None
-
-
-def _flags_in(lines: Iterable[str]) -> frozenset[str]:
-    flags: set[str] = set()
-    for line in lines:
-        if found := _FLAG_LINE.match(line):
-            flags.update(re.split(r",\s*", found[1]))
-    return frozenset(flags) if flags >= _PROOF_OF_HELP else frozenset()
+        raise EngineNotFound(f"{program} can't be started: {problem}") from problem
+    return Engine((program,), origin, version, flags)
 
 
 def build_launch(
@@ -281,6 +264,8 @@ def build_launch(
         if number is None:
             raise BadArguments(f"{profile.key}: --port needs a number from 1 to 65535, not {given_port!r}")
         port = number
+    if engine is not None:
+        added += engine.always  # the last one of a flag counts
     return Launch((*source_arguments(profile), *own, *added), host, port)
 
 
@@ -338,6 +323,8 @@ def source_arguments(profile: Profile) -> tuple[str, ...]:
             return ("-m", path)
         case HubFile(repo, file):
             return ("--hf-repo", repo) if file is None else ("--hf-repo", repo, "--hf-file", file)
+        case UrlFile(url):
+            return ("--model-url", url)
         case FromArguments():
             return ()  # It stands among the profile's own arguments.
         case Elsewhere():

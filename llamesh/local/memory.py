@@ -58,8 +58,9 @@ class Memory:
         self.reading: Reading | None = None
         self.accounts: Accounts | None = None
         self.intruder = ""  # a running process that `yield_to` names
+        # Where the profile's weights are: the pool knows.
+        self.locate: Callable[[Profile], Profile] = lambda profile: profile
         self._current = current
-        self._engine = engine
         self._learned = learned
         self._sensors = sensors or Sensors()
         self._sizing = Sizing(engine, learned, os.environ, HeaderCache())
@@ -74,15 +75,26 @@ class Memory:
 
     def size(self, profile: Profile) -> Size | None:
         """What one instance of `profile` needs; None while that isn't known: then `look`."""
-        return self._sizing.of(profile, self._devices, self._limits(profile.arguments))
+        return self._sizing.of(self.locate(profile), self._devices, self._limits(profile.arguments))
 
     async def look(self, profile: Profile) -> None:
         """Find out what `size` needs to know. Bounded; never raises for what is in a file."""
-        await self._sizing.look(profile, self._devices, self._limits(profile.arguments))
+        await self._sizing.look(self.locate(profile), self._devices, self._limits(profile.arguments))
+
+    def need(self, profile: Profile, *, on_cpu: bool) -> Need:
+        """What to reserve for one instance; nothing while its size isn't known."""
+        size = self.size(profile)
+        if size is None:
+            return Need()
+        return size.cpu_only if on_cpu and size.cpu_only is not None else size.need
 
     def forget(self, profile: Profile) -> None:
         """Look anew at the profile's file before its next start."""
         self._sizing.forget(profile)
+
+    def use_engine(self, engine: Engine) -> None:
+        """What is started from now on runs `engine`."""
+        self._sizing.use_engine(engine)
 
     # What there is.
 
@@ -194,7 +206,9 @@ class Memory:
         held = self.held(instance)
         if held is None or not self._is_settled(instance) or instance.on_cpu:
             return
-        key = self._sizing.argument_key(instance.profile, _context_of(instance), self._devices)
+        located = self.locate(instance.profile)
+        context = _context_of(instance, located)
+        key = self._sizing.argument_key(located, context, self._devices, instance.engine)
         self._learned.note_peak(key, held.vram, held.sysmem)
 
     @staticmethod
@@ -226,9 +240,9 @@ class Memory:
         return Limits(vram, sysmem)
 
 
-def _context_of(instance: Instance) -> int | None:
+def _context_of(instance: Instance, located: Profile) -> int | None:
     """The context that was passed since the whole one didn't fit."""
-    own = (*source_arguments(instance.profile), *instance.profile.arguments)
+    own = (*source_arguments(located), *located.arguments)
     added = instance.launch.arguments[len(own) :]
     return int(added[1]) or None if added[:1] == ("-c",) else None
 

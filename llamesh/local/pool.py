@@ -26,7 +26,6 @@ from llamesh.core.capacity import (
     Never,
     Room,
     Tenant,
-    keep_value,
     over_budget,
     room,
     room_after_failure,
@@ -39,21 +38,21 @@ from llamesh.local.memory import Memory
 from llamesh.local.orphans import Ledger
 from llamesh.local.ports import Ports
 from llamesh.local.promises import Promises
+from llamesh.local.tenancy import tenant
 from llamesh.local.troubles import Trouble, Troubles
+from llamesh.local.weights import Weights, find_cache
 from llamesh.telemetry.learned import LearnedValues
 from llamesh.telemetry.logs import get_logger
 from llamesh.telemetry.stats import NodeStats
 
 log = get_logger("pool")
 
-# What loading takes where it was never measured: all that counts is that it isn't nothing.
-_RELOAD_SECONDS = 1.0
-
 
 class Pool:
     """See the module. `on_change(profile key)` is called whenever placement may decide anew.
 
-    `queue_length(profile key)` is asked for who waits; the dispatcher sets both.
+    `queue_length(profile key)` is asked for who waits; the dispatcher sets both. `on_start(instance, worked)`
+    is called when a start worked or failed. `engine` is the one that serves; see `start_with`.
     """
 
     def __init__(
@@ -65,16 +64,22 @@ class Pool:
         stats: NodeStats,
         learned: LearnedValues,
         memory: Memory,
+        weights: Weights | None = None,
         *,
         instance_type: type[Instance] = Instance,
     ) -> None:
-        """`instance_type` is for tests."""
+        """`weights`: of the cache that the environment names, unless given; `instance_type` is for tests."""
         self.engine = engine
+        self._starts = engine  # what new instances run
         self.memory = memory
+        self.on_start: Callable[[Instance, bool], None] = lambda instance, worked: None
         self.on_change: Callable[[str], None] = lambda key: None
         self.queue_length: Callable[[str], int] = lambda key: 0
         self.evictions: Counter[str] = Counter()  # by reason
         self.last_gone: deque[Instance] = deque(maxlen=8)  # for what they said
+        self.weights = weights or Weights(current, find_cache(os.environ))
+        self.weights.attend(self)
+        memory.locate = self.weights.located
         self._current = current
         self._ports = ports
         self._ledger = ledger
@@ -122,19 +127,23 @@ class Pool:
     def slots_expected(self, key: str) -> int:
         """How many requests one more instance will take: configured, or what the last one reported."""
         configured = self._current.settings.model_defaults.max_concurrent_requests_per_instance
-        return configured or self._learned.of(key).n_slots or 1
+        return configured or self._learned.of(key).slots_on(self._starts.identity) or 1
 
-    def room(self, profile: Profile) -> Room:
-        """May one more instance of `profile` start? Later, too, while its size isn't known yet."""
+    def room(self, profile: Profile, *, fetch: bool = True) -> Room:
+        """May one more instance of `profile` start? Later, too, while its size isn't known yet. `fetch`:
+        weights that aren't here are wanted, and not only asked about."""
         if self._closed:
             return Later("the node is ending")
+        most = self.max_instances(profile)
+        if most and (lacking := self.weights.lacking(profile, fetch=fetch)) is not None:
+            return lacking
         size = self.memory.size(profile)
         if size is None:
             self._look(profile)
             return Later(f"reading the file of {profile.key}")
-        if size.too_large:
-            return Never(size.too_large)
-        if len(self.instances(profile.key)) >= self.max_instances(profile):
+        if size.too_large or size.unreachable:
+            return Never(size.too_large or size.unreachable, failed=bool(size.unreachable))
+        if len(self.instances(profile.key)) >= most:
             return Later("it has all the instances it may have")
         tenants = self.tenants()
         if self.staying(profile.key):
@@ -155,9 +164,8 @@ class Pool:
 
     def can_spawn(self) -> bool:
         """Whether an instance of some size could start, now or after an idle one has left."""
-        return not self._closed and isinstance(
-            room(Need(), self.tenants(), self.memory.budget()), Fits | Evict
-        )
+        answer = room(Need(), self.tenants(), self.memory.budget())
+        return not self._closed and isinstance(answer, Fits | Evict)
 
     def tenants(self) -> list[Tenant]:
         """All instances as admission sees them."""
@@ -173,26 +181,25 @@ class Pool:
 
     def _tenant(self, instance: Instance, now: float, *, pinned: bool) -> Tenant:
         profile = instance.profile
-        waiters = self.queue_length(profile.key)
-        # One that has just loaded isn't idle: those it was loaded for are about to come.
-        busy = instance.busy_slots > 0 or waiters > 0
-        reload_seconds = instance.ready_after or self._learned.of(profile.key).load_seconds
         tenure = profile.min_eviction_tenure_secs
         if tenure is None:
             tenure = self._current.settings.model_defaults.min_eviction_tenure_secs
-        served = now - instance.created - instance.ready_after
-        return Tenant(
-            instance.id,
-            instance.state,
-            busy,
-            self.memory.charge(instance),
-            keep_value(reload_seconds or _RELOAD_SECONDS, 0.0 if busy else now - instance.last_used),
-            settled=served >= tenure,
+        return tenant(
+            instance,
+            now,
             pinned=pinned,
-            is_text=profile.kind == "text",
+            waiters=self.queue_length(profile.key),
+            charge=self.memory.charge(instance),
+            load_seconds=self._learned.of(profile.key).load_seconds,
+            tenure=tenure,
         )
 
     # Acting.
+
+    def start_with(self, engine: Engine) -> None:
+        """What is started from now on runs `engine`. What runs isn't touched, and `engine` still names it."""
+        self._starts = engine
+        self.memory.use_engine(engine)
 
     def spawn(self, profile: Profile, *, on_cpu: bool = False) -> Instance:
         """Start one more instance; it is STARTING when this returns. Raises NoFreePort, BadArguments,
@@ -202,11 +209,11 @@ class Pool:
         assert nursery is not None, "the pool isn't running"  # noqa: S101
         size = self.memory.size(profile)
         context = size.context if size is not None else None
-        number, key = fixed_port(profile), profile.key
+        number, key, here = fixed_port(profile), profile.key, self.weights.located(profile)
         port = self._ports.claim(number, user=key) if number else self._ports.reserve(user=key)
         try:
             launch = build_launch(
-                profile, self.engine, host="127.0.0.1", port=port.number, context=context, on_cpu=on_cpu
+                here, self._starts, host="127.0.0.1", port=port.number, context=context, on_cpu=on_cpu
             )
         except BadArguments:
             port.close()
@@ -215,11 +222,11 @@ class Pool:
         instance = self._instance_type(
             f"{key}#{self._count}",
             profile,
-            self.engine,
+            self._starts,
             launch,
             port,
             slot_limit=self._current.settings.model_defaults.max_concurrent_requests_per_instance,
-            need=self._need(profile, on_cpu=on_cpu),
+            need=self.memory.need(profile, on_cpu=on_cpu),
             on_cpu=on_cpu,
             ledger=self._ledger,
             environment=os.environ,
@@ -229,14 +236,9 @@ class Pool:
         self._instances.setdefault(key, []).append(instance)
         self._stats.profile(key).starts_total += 1
         nursery.start_soon(instance.run)
+        self.weights.note_use(profile)
         self.forgo(key)
         return instance
-
-    def _need(self, profile: Profile, *, on_cpu: bool) -> Need:
-        size = self.memory.size(profile)
-        if size is None:
-            return Need()
-        return size.cpu_only if on_cpu and size.cpu_only is not None else size.need
 
     def drain(self, ids: tuple[str, ...], reason: str, *, cause: str, may_resume: bool = False) -> None:
         """Have these instances leave after their requests. `cause`: a word for the metrics."""
@@ -259,7 +261,7 @@ class Pool:
         started or `forgo` is called.
         """
         key = profile.key
-        self._promises.make(key, self._need(profile, on_cpu=on_cpu), ids)
+        self._promises.make(key, self.memory.need(profile, on_cpu=on_cpu), ids)
         self.drain(ids, f"room for {key}", cause="room", may_resume=True)
 
     def is_making_room(self, key: str) -> bool:
@@ -307,6 +309,7 @@ class Pool:
         """Own all instances. Cancelling it kills them; use `close` for a gentle end."""
         async with trio.open_nursery() as nursery:
             self._nursery = nursery
+            await nursery.start(self.weights.run)
             task_status.started()
             try:
                 await trio.sleep_forever()
@@ -345,12 +348,9 @@ class Pool:
     def _note_ready(self, instance: Instance) -> None:
         key = instance.profile.key
         self._troubles.note_ready(key)
-        learned, facts = self._learned.of(key), instance.facts
-        learned.n_slots = instance.slots
-        learned.n_ctx = facts.n_ctx or learned.n_ctx
-        learned.context_length = facts.n_ctx_slot or learned.context_length
-        learned.n_ctx_train = facts.n_ctx_train or learned.n_ctx_train
-        learned.load_seconds = round(instance.ready_after, 3)
+        self.on_start(instance, True)
+        learned = self._learned.of(key)
+        learned.note_start(instance.engine.identity, instance.facts, instance.slots, instance.ready_after)
         stats = self._stats.profile(key)
         stats.load_seconds = instance.ready_after
         stats.start_seconds.observe(instance.ready_after)
@@ -371,11 +371,12 @@ class Pool:
             self._stats.profile(key).crashes_total += 1
             pause = self._troubles.note_crash(instance.profile, now)
             log.error("crashed", instance=instance.id, error=str(failure), next_start_in_seconds=pause)
-            if pause:
-                self._wake_later(key, pause)
+            self._wake_later(key, pause)
         else:
             self._stats.profile(key).start_failures_total += 1
             self.memory.forget(instance.profile)  # the file may be another one by now
+            self.on_start(instance, False)
+            self.weights.forget(instance.profile)
             trouble, again = self._troubles.note_failed_start(instance.profile, failure, now)
             log.error(
                 "start failed",
@@ -384,16 +385,15 @@ class Pool:
                 attempt=trouble.failures,
                 next_try_in_seconds=again,
             )
-            if again is not None:
-                self._wake_later(key, again)
+            self._wake_later(key, again)
 
-    def _wake_later(self, key: str, pause: float) -> None:
-        if self._nursery is not None:
-            self._nursery.start_soon(self._wake_at, key, trio.current_time() + pause)
+    def _wake_later(self, key: str, pause: float | None) -> None:
+        async def wake(moment: float) -> None:
+            await trio.sleep_until(moment)
+            self.on_change(key)
 
-    async def _wake_at(self, key: str, moment: float) -> None:
-        await trio.sleep_until(moment)
-        self.on_change(key)
+        if pause and self._nursery is not None:
+            self._nursery.start_soon(wake, trio.current_time() + pause)
 
 
 _NONE: list[Instance] = []

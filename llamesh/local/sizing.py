@@ -59,7 +59,7 @@ class Size:
 
     `cpu_only`: what it would need without a GPU, None where it is the same. `source` says where the
     numbers are from: "cookbook", "measured", "estimate" or "unknown". `too_large`: why no context that
-    is worth it fits, naming what would.
+    is worth it fits, naming what would; `unreachable`: why the file can't be read just now.
     """
 
     need: Need
@@ -67,6 +67,11 @@ class Size:
     cpu_only: Need | None = None
     source: str = "unknown"
     too_large: str = ""
+    unreachable: str = ""
+
+    def needed(self, *, on_cpu: bool) -> Need:
+        """With or without a GPU."""
+        return self.cpu_only if on_cpu and self.cpu_only is not None else self.need
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,6 +90,7 @@ class _Known:
     size: Size
     path: str | None
     stamp: Stamp | None
+    blind: bool = False  # the file didn't answer
 
 
 class _Visit:
@@ -110,20 +116,28 @@ class Sizing:
         # Of its own: threads that hang must not be taken from those who look at the sensors.
         self._threads = trio.CapacityLimiter(_LOOKS_AT_ONCE)
 
-    def argument_key(self, profile: Profile, context: int | None, devices: Sequence[Device]) -> str:
-        """Name of an exact argument list, on this engine and so many GPUs, in the learned values; no secrets
-        in it. `context`: the one that is passed where the profile names none.
+    def use_engine(self, engine: Engine) -> None:
+        """What is started from now on runs another engine: sizes are found out anew."""
+        if engine is not self._engine:
+            self._engine = engine
+            self._known.clear()
+
+    def argument_key(
+        self, profile: Profile, context: int | None, devices: Sequence[Device], engine: Engine | None = None
+    ) -> str:
+        """Name of an exact argument list, on an engine (the present one) and so many GPUs, in the learned
+        values; no secrets in it. `context`: the one that is passed where the profile names none.
         """
         words = redacted([*source_arguments(profile), *profile.arguments])
         if context is not None:
             words += ["-c", str(context)]
         gpus = len(visible_devices(devices, self._environ, profile.arguments).devices)
-        return "\x1f".join([self._engine.version, f"gpus={gpus}", *words])
+        return "\x1f".join([(engine or self._engine).identity, f"gpus={gpus}", *words])
 
     def of(self, profile: Profile, devices: Sequence[Device], limits: Limits) -> Size | None:
         """The size of `profile`; None while it isn't known yet: then `look`, and ask again."""
         known = self._known.get(profile.key)
-        if known is None or known.key != self._key(profile, devices, limits):
+        if known is None or known.key != self._key(profile, devices, limits) or self._answers_again(known):
             return None
         size = known.size
         peak = self._learned.peaks.get(self.argument_key(profile, size.context, devices))
@@ -134,18 +148,21 @@ class Sizing:
             vram, source = profile.estimated_vram_mb, "cookbook"
         if profile.estimated_sysmem_mb is not None:
             sysmem, source = profile.estimated_sysmem_mb, "cookbook"
-        return replace(size, need=Need(vram, sysmem), source=source)
+        unreachable = ""
+        if known.path is not None and self._hangs(known.path):
+            unreachable = f"{known.path} doesn't answer: is it on a network disk that is away?"
+        return replace(size, need=Need(vram, sysmem), source=source, unreachable=unreachable)
 
     async def look(self, profile: Profile, devices: Sequence[Device], limits: Limits) -> None:
         """Read what is needed for `of`. Never raises for what is in a file; returns within seconds."""
         key = self._key(profile, devices, limits)
         known = self._known.get(profile.key)
-        if known is not None and known.key == key:
+        if known is not None and known.key == key and not self._answers_again(known):
             return
         visible = visible_devices(devices, self._environ, profile.arguments).devices
         has_gpu = bool(visible) and self._engine.origin != "embedded"
         path = model_file(profile)
-        size, stamp = Size(Need()), None
+        size, stamp, blind = Size(Need()), None, False
         if path is not None:
 
             def visit(at: _Visit) -> tuple[Size, Stamp | None]:
@@ -155,9 +172,10 @@ class Sizing:
             found = None if self._hangs(path) else await self._visit(visit)
             if found is None:
                 log.warning("the model's file doesn't answer; its size is unknown", profile=profile.key)
+                blind = True
             else:
                 size, stamp = found
-        self._known[profile.key] = _Known(key, size, path, stamp)
+        self._known[profile.key] = _Known(key, size, path, stamp, blind)
 
     def forget(self, profile: Profile) -> None:
         """Look anew next time: the file may have changed."""
@@ -186,6 +204,9 @@ class Sizing:
         uuids = tuple(device.uuid for device in devices)
         given = (profile.estimated_vram_mb, profile.estimated_sysmem_mb)
         return (profile.source, profile.arguments, given, uuids, limits)
+
+    def _answers_again(self, known: _Known) -> bool:
+        return known.blind and known.path is not None and not self._hangs(known.path)
 
     def _hangs(self, path: str) -> bool:
         visit = self._hanging.get(path)

@@ -5,9 +5,13 @@ from __future__ import annotations
 import contextlib
 import re
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import psutil
+import trio
+
+from llamesh.telemetry.learned import Learned
 
 # n_ctx and n_slots as llama-server logs them; wrapper scripts may print them anywhere.
 _FACTS = re.compile(r"\b(n_ctx|n_slots|n_ctx_train|n_ctx_slot)\s*=\s*(\d{1,9})\b")
@@ -38,6 +42,12 @@ class Facts:
     def read_models(self, reply: Any) -> None:
         """Take what `GET /v1/models` says."""
         self._take("n_ctx_train", _dig(reply, "data", 0, "meta", "n_ctx_train"))
+
+    def teach(self, learned: Learned) -> None:
+        """Remember what is known over the end of the child."""
+        learned.n_ctx = self.n_ctx or learned.n_ctx
+        learned.context_length = self.n_ctx_slot or learned.context_length
+        learned.n_ctx_train = self.n_ctx_train or learned.n_ctx_train
 
     def complete(self) -> None:
         """Fill one context from the other, where only one is known."""
@@ -89,6 +99,13 @@ class Progress:
             return amount >> 20
         except (psutil.Error, AttributeError):
             return -1
+
+
+async def file_exists(path: str, seconds: float) -> bool:
+    """Whether there is a file; one on a disk that doesn't answer for so long is left to the child."""
+    with trio.move_on_after(seconds):
+        return await trio.to_thread.run_sync(Path(path).exists, abandon_on_cancel=True)
+    return True
 
 
 def _dig(value: Any, *path: str | int) -> Any:

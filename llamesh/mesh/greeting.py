@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import ipaddress
+import re
 import socket
 import time
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -14,9 +18,11 @@ import llamesh
 from llamesh.config.settings import Settings
 from llamesh.config.values import Address
 from llamesh.core.offers import NodeEntry
+from llamesh.mesh.dialler import outcome_of
 from llamesh.mesh.hello import Hello, Welcome
 from llamesh.mesh.identity import Identity
 from llamesh.mesh.interfaces import announceable
+from llamesh.mesh.mentions import Mentions
 from llamesh.mesh.noise import HandshakeFailed
 from llamesh.mesh.noise_transport import NoiseTransport
 from llamesh.mesh.stream import accept
@@ -25,19 +31,19 @@ from llamesh.telemetry.logs import get_logger
 
 log = get_logger("mesh")
 
-# Addresses that others saw us come from: of a home with a forwarded port there is one.
+# Addresses that others saw us come from, the latest ones: of a home with a forwarded port there is one.
 _MOST_SEEN = 4
 
 # An interface comes or goes; looking costs some milliseconds.
 _LOOK_SECONDS = 10.0
 
-# A stranger that keeps knocking is mentioned this often.
-_REPEAT_SECONDS = 60.0
-_MOST_STRANGERS = 256
+# Of "host:port": a stranger that knocks again has another port.
+_PORT = re.compile(r":\d{1,5}\b")
 
 
 class Greeting:
-    """See the module. `port` is set when the node listens; 0 means that nobody can dial it."""
+    """See the module. `port` is set when the node listens; 0: nobody can dial it. `url`: of its API,
+    as its own listener has it."""
 
     def __init__(self, settings: Settings, identity: Identity, epoch: int) -> None:
         self.port = 0
@@ -50,7 +56,13 @@ class Greeting:
         self._hosts: tuple[str, ...] = ()
         self._looked = float("-inf")
         self._seen: dict[str, None] = {}
-        self._strangers: dict[str, float] = {}
+        self._outcomes: Counter[str] = Counter()
+        self._mentions = Mentions()
+
+    @property
+    def outcomes(self) -> Mapping[str, int]:
+        """How handshakes went that others began: see `dialler.outcome_of`, and "ok"."""
+        return MappingProxyType(self._outcomes)
 
     def listens(self, addresses: Sequence[Any]) -> None:
         """Where peers may dial: what the listening sockets are bound to, all to the same port."""
@@ -91,8 +103,13 @@ class Greeting:
     def seen_from(self, address: str) -> None:
         """A peer says where it sees us: where we dial out from, maybe with a forwarded port behind it."""
         host = address.rpartition(":")[0].strip("[]")
-        if host and host not in self.hosts() and host not in self._seen and len(self._seen) < _MOST_SEEN:
-            self._seen[host] = None
+        # A listener on one address hears nobody who dials another.
+        if not any(map(_is_wildcard, self._listening)) or not _is_global(host) or host in self.hosts():
+            return
+        self._seen.pop(host, None)
+        while len(self._seen) >= _MOST_SEEN:
+            del self._seen[next(iter(self._seen))]
+        self._seen[host] = None
 
     def hello(self, purpose: str) -> Hello:
         """What is said when we dial."""
@@ -123,10 +140,18 @@ class Greeting:
             engine=self.engine,
             engine_version=self.engine_version,
             addresses=self.addresses(),
-            url=self.url,
+            url=self.api_url(),
             started=self._started,
             cut=cut,
         )
+
+    def api_url(self) -> str:
+        """Where others find this node's API, as far as is known: a listener on all addresses names none."""
+        parts = urlsplit(self.url)
+        if not _is_wildcard(parts.hostname or ""):
+            return self.url
+        hosts = self.hosts()
+        return f"{parts.scheme}://{Address(hosts[0], parts.port or 80)}" if hosts else ""
 
     def check_version(self, remote: Hello | Welcome) -> None:
         """`cluster.version_mismatch_action`. Raises NotTrusted."""
@@ -140,25 +165,34 @@ class Greeting:
                 f"node {self._identity.node_id} has version {ours}, node {remote.node_id} has {theirs}, and "
                 f"cluster.version_mismatch_action is {action}: update the older one"
             )
-        self._mention(f"version of {remote.node_id}", "another version", peer=remote.node_id, version=theirs)
+        self._mention(
+            f"version of {remote.node_id}",
+            "another version",
+            peer=remote.node_id,
+            version=theirs,
+            ours=ours,
+        )
 
     async def accept(
         self, sock: socket.socket, read_before: bytes, check: Callable[[Claim], None]
     ) -> NoiseTransport | None:
         """The acceptor's side of a handshake. None when it failed, which is logged with a limit."""
         try:
-            return await accept(sock, read_before, self._identity, self._welcome, check)
-        except ItsMe:
-            return None
-        except NotTrusted as error:
-            self._mention(str(error), "a node wasn't let in", problem=str(error))
-        except HandshakeFailed as error:
+            stream = await accept(sock, read_before, self._identity, self._welcome, check)
+        except (NotTrusted, HandshakeFailed, OSError) as error:
+            self._outcomes[outcome_of(error)] += 1
             text = str(error)
-            # Not the port: a stranger has a new one each time.
-            self._mention(f"{text.partition(':')[0]} {error.reason}", "a handshake failed", problem=text)
-        except OSError as error:
-            log.debug("connection lost", error=str(error))
-        return None
+            if isinstance(error, NotTrusted):
+                if not isinstance(error, ItsMe):
+                    self._mention(_PORT.sub("", text), "a node wasn't let in", problem=text)
+            elif isinstance(error, HandshakeFailed):
+                host = text.partition(": ")[0].rpartition(":")[0]
+                self._mention(f"{host} {error.reason}", "a handshake failed", problem=text)
+            else:
+                log.debug("connection lost", error=text)
+            return None
+        self._outcomes["ok"] += 1
+        return stream
 
     @staticmethod
     def claim(stream: NoiseTransport) -> Claim:
@@ -167,10 +201,23 @@ class Greeting:
         return Claim(remote.node_id, stream.remote_key, remote.previous_key, stream.address)
 
     def _mention(self, key: str, event: str, **fields: str) -> None:
-        now = trio.current_time()
-        if now - self._strangers.get(key, float("-inf")) < _REPEAT_SECONDS:
-            return
-        if len(self._strangers) >= _MOST_STRANGERS:
-            self._strangers.clear()
-        self._strangers[key] = now
-        log.warning(event, **fields)
+        if self._mentions.due(key):
+            log.warning(event, **fields)
+
+
+def _is_wildcard(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_unspecified
+    except ValueError:
+        return False
+
+
+def _is_global(host: str) -> bool:
+    """Whether it says anything to other machines."""
+    try:
+        address = ipaddress.ip_address(host)
+    except ValueError:
+        return False
+    return not (
+        address.is_loopback or address.is_link_local or address.is_unspecified or address.is_multicast
+    )

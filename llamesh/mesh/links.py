@@ -53,6 +53,7 @@ class Links:
         self._ttl = session_ttl
         self._idle: list[UpstreamConnection] = []  # the one used last is at the end
         self._streams: dict[UpstreamConnection, NoiseTransport] = {}  # all of them, idle or not
+        self._fresh: set[UpstreamConnection] = set()  # parked ones that were never used
         self._parked = trio.Event()
         self._failures = 0
         self._not_before = -math.inf
@@ -80,12 +81,14 @@ class Links:
         connection = self._take_idle()
         if connection is not None:
             return connection
-        if self.can_dial is not False or trio.current_time() >= self._not_before:
+        if self.can_dial is not False:
             try:
                 return await self._open()
             except UpstreamBroken:
                 if not self._streams:
                     raise
+        elif trio.current_time() >= self._not_before:
+            return await self._open_or_await_parked()
         return await self._await_parked()
 
     def keep(self, connection: UpstreamConnection) -> None:
@@ -101,34 +104,52 @@ class Links:
             return
         connection.idle_since = trio.current_time()
         self._idle.append(connection)
-        self._parked.set()
+        self._tell_waiters()
 
     def close(self, connection: UpstreamConnection) -> None:
         """Close one, whatever state it is in."""
         self._streams.pop(connection, None)
+        self._fresh.discard(connection)
         if connection in self._idle:
             self._idle.remove(connection)
         connection.close()
 
+    def lend(self, connection: UpstreamConnection) -> NoiseTransport:
+        """The stream of one that was taken, which is the caller's from now on. Raises UpstreamBroken."""
+        stream = self._streams.pop(connection, None)
+        if stream is None or stream.closed:
+            raise UpstreamBroken(f"the connection to node {self.node} was closed", started=False)
+        return stream
+
     def keep_unused(self, connection: UpstreamConnection) -> None:
         """Take one back that nothing was sent on."""
+        if connection not in self._streams:
+            return  # all were closed meanwhile
         connection.idle_since = trio.current_time()
         self._idle.append(connection)
-        self._parked.set()
+        self._tell_waiters()
 
     def add(self, stream: NoiseTransport, *, parked: bool = False) -> None:
         """Take over a connection that was opened elsewhere, by the peer itself if `parked`."""
+        if len(self._idle) >= _MOST_IDLE:
+            stream.close()
+            return
         connection = UpstreamConnection(stream, parked=True)
         connection.idle_since = trio.current_time()
         self._streams[connection] = stream
-        self._idle.append(connection)
-        self._parked.set()
-        if not parked:
+        if parked:
+            # Used last: the peer replaces each at its first use, so the ones in use are to be used again.
+            self._fresh.add(connection)
+            self._idle.insert(0, connection)
+        else:
+            self._idle.append(connection)
             self._dialled()
+        self._tell_waiters()
 
     def close_all(self) -> None:
         """The peer is gone: whoever waits on one of them is told at once."""
         self._idle.clear()
+        self._fresh.clear()
         streams, self._streams = self._streams, {}
         for stream in streams.values():
             stream.close()
@@ -136,11 +157,14 @@ class Links:
     def sweep(self) -> None:
         """Close what is too old, isn't needed or was closed by the peer; called now and then."""
         now = trio.current_time()
+        self._forget_closed()
         for spare, connection in enumerate(reversed(self._idle[:])):
             stream = self._streams[connection]
             unused = now - connection.idle_since
             old = now - stream.opened_at > self._ttl
-            if old or (spare >= KEPT and unused > _SPARE_SECONDS) or _is_closed(stream):
+            # The peer keeps so many ready on purpose, and would only dial again.
+            is_spare = spare >= KEPT and unused > _SPARE_SECONDS and connection not in self._fresh
+            if old or is_spare or _is_closed(stream):
                 self.close(connection)
 
     def try_again(self) -> None:
@@ -149,6 +173,10 @@ class Links:
         if self.can_dial is False:
             self.can_dial = None
 
+    def _tell_waiters(self) -> None:
+        parked, self._parked = self._parked, trio.Event()
+        parked.set()
+
     def _take_idle(self) -> UpstreamConnection | None:
         now = trio.current_time()
         while self._idle:
@@ -156,12 +184,19 @@ class Links:
             stream = self._streams[connection]
             # Looking costs a microsecond; a request on a closed one costs the request a round trip.
             if now - stream.opened_at <= self._ttl and not _is_closed(stream):
+                self._fresh.discard(connection)
                 return connection
             self.close(connection)
         return None
 
     def _drop_idle(self) -> None:
         for connection in self._idle[:]:
+            self.close(connection)
+        self._forget_closed()
+
+    def _forget_closed(self) -> None:
+        """Whoever uses a connection may have closed it without a word."""
+        for connection in [one for one, stream in self._streams.items() if stream.closed]:
             self.close(connection)
 
     async def _open(self) -> UpstreamConnection:
@@ -184,17 +219,41 @@ class Links:
         self._streams[connection] = stream
         return connection
 
+    async def _open_or_await_parked(self) -> UpstreamConnection:
+        """A peer that couldn't be dialled is tried again; meanwhile it may park one, or never answer."""
+        found: list[UpstreamConnection] = []
+        problems: list[UpstreamBroken] = []
+
+        async def attempt(open_one: Callable[[], Awaitable[UpstreamConnection]]) -> None:
+            try:
+                found.append(await open_one())
+            except UpstreamBroken as error:
+                problems.append(error)
+            if found or not self._streams:
+                nursery.cancel_scope.cancel()
+
+        try:
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(attempt, self._await_parked)
+                nursery.start_soon(attempt, self._open)
+            if not found:
+                raise problems[-1]
+            return found.pop()
+        finally:
+            # One too many, or the request left while they came.
+            for spare in found:
+                self.keep_unused(spare)
+
     def _dialled(self) -> None:
         self.can_dial, self.problem, self._failures, self._not_before = True, "", 0, -math.inf
 
     async def _await_parked(self) -> UpstreamConnection:
         with trio.move_on_after(_PARK_PATIENCE):
             while True:
-                self._parked = trio.Event()
-                await self._parked.wait()
                 connection = self._take_idle()
                 if connection is not None:
                     return connection
+                await self._parked.wait()
         raise UpstreamBroken(
             f"node {self.node} can't be dialled ({self.problem}), and keeps too few connections ready here",
             started=False,

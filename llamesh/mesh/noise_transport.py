@@ -182,6 +182,14 @@ class NoiseTransport:
             raise trio.BusyResourceError("another task is sending")
         raise OSError(f"can't send to {self.remote.node_id} at {self.address}: {self._torn}")
 
+    def detach(self) -> tuple[socket.socket, Session, Records]:
+        """Give the connection away, between two messages: this object is closed then, the socket isn't."""
+        if self.closed or self._failure is not None or self._torn is not None or self._sending or self._left:
+            raise OSError(f"the connection with {self.remote.node_id} can't be used any more")
+        self.closed = True
+        trio.lowlevel.notify_closing(self.sock)
+        return self.sock, self._session, self._records
+
     def close(self) -> None:
         """See `Transport.close`. Says nothing to the other side, which takes it for a cut."""
         if not self.closed:

@@ -21,6 +21,9 @@ log = get_logger("mesh")
 READY = 2
 MOST = 32
 
+# A connection that lived shorter than this counts as a failure: whoever took it closed it at once.
+_SHORT_SECONDS = 1.0
+
 # Serves a connection that we dialled; calls back when its first request comes, returns at its end.
 Serve = Callable[[NoiseTransport, Callable[[], None]], Awaitable[None]]
 
@@ -31,66 +34,105 @@ class Parking:
     def __init__(self, dial: Callable[[Peer], Awaitable[NoiseTransport]], serve: Serve) -> None:
         self._dial = dial
         self._serve = serve
-        self._wanted: dict[str, trio.CancelScope] = {}
+        self._lots: dict[str, _Lot] = {}
         self._nursery: trio.Nursery | None = None
 
-    def want(self, peer: Peer, wanted: bool) -> None:
-        """The peer needs parked connections, or doesn't any more."""
-        scope = self._wanted.get(peer.node)
-        if wanted and scope is None and self._nursery is not None:
-            scope = self._wanted[peer.node] = trio.CancelScope()
+    def want(self, peer: Peer, dial_back: bool | None) -> None:
+        """`dial_back`: whether the peer says that it can reach this node. None: it says nothing new."""
+        lot = self._lots.get(peer.node)
+        if dial_back is False and lot is None and self._nursery is not None:
+            lot = self._lots[peer.node] = _Lot(peer)
             log.info("parking connections with a peer that can't reach this node", peer=peer.node)
-            self._nursery.start_soon(self._keep, peer, scope)
-        elif not wanted and scope is not None:
-            # Those in use go on until their requests end; the idle ones close by themselves.
-            del self._wanted[peer.node]
-            scope.cancel()
+            self._nursery.start_soon(self._keep, lot)
+        elif dial_back and lot is not None:
+            self.end(peer.node)
+
+    def end(self, node: str) -> None:
+        """It is gone, or reaches us. What is used goes on until its requests end; the rest closes."""
+        lot = self._lots.pop(node, None)
+        if lot is not None:
+            lot.scope.cancel()
+            for scope in lot.waiting:
+                scope.cancel()
+
+    def count(self, node: str) -> int:
+        """How many connections are parked with a peer, those in use included."""
+        lot = self._lots.get(node)
+        return lot.open if lot is not None else 0
 
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """Own them, for ever."""
         async with trio.open_nursery() as nursery:
             self._nursery = nursery
             task_status.started()
-            await trio.sleep_forever()
-
-    async def _keep(self, peer: Peer, scope: trio.CancelScope) -> None:
-        """Keep READY of them waiting, MOST in all."""
-        waiting = all_open = failures = 0
-        changed = trio.Event()
-        assert self._nursery is not None  # noqa: S101
-
-        async def one(stream: NoiseTransport) -> None:
-            nonlocal waiting, all_open, changed
-            is_waiting = True
-
-            def taken() -> None:
-                nonlocal waiting, is_waiting, changed
-                if is_waiting:
-                    is_waiting = False
-                    waiting -= 1
-                    changed.set()
-
             try:
-                await self._serve(stream, taken)
+                await trio.sleep_forever()
             finally:
-                taken()
-                all_open -= 1
-                changed.set()
+                self._nursery = None
 
-        with scope:
+    async def _keep(self, lot: _Lot) -> None:
+        """Keep READY of them waiting, MOST in all."""
+        with lot.scope:
             while True:
-                changed = trio.Event()
-                if waiting < READY and all_open < MOST:
-                    try:
-                        stream = await self._dial(peer)
-                    except CantReach as error:
-                        failures += 1
-                        log.debug("can't park a connection", peer=peer.node, error=str(error))
-                        await trio.sleep(pause_after(failures))
-                        continue
-                    failures = 0
-                    waiting += 1
-                    all_open += 1
-                    self._nursery.start_soon(one, stream)
+                lot.changed = trio.Event()
+                missing = min(READY - len(lot.waiting), MOST - lot.open)
+                if missing <= 0:
+                    await lot.changed.wait()
                     continue
-                await changed.wait()
+                if lot.failures:
+                    await trio.sleep(pause_after(lot.failures))
+                    missing = 1
+                # At once: requests wait for them, and a handshake is several ways to and fro.
+                async with trio.open_nursery() as nursery:
+                    for _ in range(missing):
+                        nursery.start_soon(self._park_one, lot)
+
+    async def _park_one(self, lot: _Lot) -> None:
+        try:
+            stream = await self._dial(lot.peer)
+        except CantReach as error:
+            lot.failures += 1
+            log.debug("can't park a connection", peer=lot.peer.node, error=str(error))
+            return
+        except Exception:
+            lot.failures += 1
+            log.exception("defect", during="parking a connection", peer=lot.peer.node)
+            return
+        assert self._nursery is not None  # noqa: S101 - we run in it
+        scope = trio.CancelScope()
+        lot.waiting.add(scope)
+        lot.open += 1
+        self._nursery.start_soon(self._serve_one, lot, stream, scope)
+
+    async def _serve_one(self, lot: _Lot, stream: NoiseTransport, scope: trio.CancelScope) -> None:
+        since = trio.current_time()
+
+        def taken() -> None:
+            if scope in lot.waiting:
+                lot.waiting.discard(scope)
+                lot.failures = 0
+                lot.changed.set()
+
+        try:
+            with scope:
+                await self._serve(stream, taken)
+        except Exception:
+            log.exception("defect", during="serving on a parked connection", peer=lot.peer.node)
+        finally:
+            stream.close()
+            if scope in lot.waiting and trio.current_time() - since < _SHORT_SECONDS:
+                lot.failures += 1
+            lot.waiting.discard(scope)
+            lot.open -= 1
+            lot.changed.set()
+
+
+class _Lot:
+    """What is parked with one peer. `waiting`: those that no request came on yet."""
+
+    def __init__(self, peer: Peer) -> None:
+        self.peer = peer
+        self.scope = trio.CancelScope()
+        self.waiting: set[trio.CancelScope] = set()
+        self.open = self.failures = 0
+        self.changed = trio.Event()

@@ -44,6 +44,7 @@ class Peer:
         self.offers: dict[str, Offer] = {}  # by key in lower case
         self.news = News()
         self.news_at = -math.inf
+        self._told_at: dict[str, float] = {}  # about single profiles, with replies, since the news
         self.rtt_ms = 0.0
         self.failed_probes = 0
         self.in_flight: Counter[str] = Counter()
@@ -68,14 +69,18 @@ class Peer:
         """Take in where it may be. `first`: it has answered there."""
         new = dict.fromkeys(addresses)
         known = self._addresses
-        if any(address not in known for address in new):
+        strange = [address for address in new if address not in known]
+        if strange and len(known) < _MOST_ADDRESSES:
             self.links.try_again()
         merged = {**new, **known} if first else {**known, **new}
+        # Too many: the newest hearsay is the first to be left out, but not the place where it answered.
         self._addresses = dict.fromkeys(list(merged)[:_MOST_ADDRESSES])
 
     def set_addresses(self, own: Iterable[Address], known_good: Iterable[Address]) -> None:
         """What it says itself replaces what it said before."""
-        self._addresses = {address: None for address in self._addresses if address in set(known_good)}
+        good, before = set(known_good), self._addresses
+        own = tuple(own)
+        self._addresses = dict.fromkeys([a for a in before if a in good or a in own])
         self.learn_addresses(own)
 
     def note_rtt(self, seconds: float) -> None:
@@ -86,14 +91,20 @@ class Peer:
     def note_news(self, news: News) -> None:
         """The answer to a probe."""
         self.news, self.news_at = news, trio.current_time()
+        self._told_at.clear()
 
     def note_situation(self, key: str, situation: Situation) -> None:
         """What came with a reply: newer than the news, about one profile."""
         self.news.profiles[key] = situation
-        self.news_at = max(self.news_at, trio.current_time())
+        self._told_at[key] = trio.current_time()
 
     def situation(self, key: str) -> Situation:
         """The last word about a profile."""
-        if trio.current_time() - self.news_at > _NEWS_SECONDS:
+        if trio.current_time() - max(self.news_at, self._told_at.get(key, -math.inf)) > _NEWS_SECONDS:
             return IDLE
         return self.news.profiles.get(key, IDLE)
+
+    @property
+    def closed(self) -> str:
+        """Why it takes no requests of others, as far as is known; "" when it does."""
+        return "" if trio.current_time() - self.news_at > _NEWS_SECONDS else self.news.closed

@@ -6,6 +6,7 @@ requests, who is alive from the membership. Nothing here waits.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Awaitable, Callable, Collection, Iterator, Mapping
 
 import trio
@@ -51,12 +52,31 @@ class Seat:
         """The peer that is to serve."""
         return self.target.node
 
+    @property
+    def first_hop(self) -> str:
+        """Where it is sent."""
+        return self.via.node
+
+    @property
+    def model(self) -> str:
+        """The profile, as the peer calls it."""
+        return self._key
+
+    @property
+    def asleep(self) -> bool:
+        """Whether the machine has to be woken."""
+        return not self.target.alive and self.target.wake_mac is not None
+
+    async def wake(self) -> None:
+        """Have the machine woken, and return when it has joined. Raises UpstreamBroken."""
+        await self._peers.wake(self.target)
+
     async def connect(self, *, fresh: bool) -> UpstreamConnection:
         """A connection to the peer, or to the node that leads to it. Raises UpstreamBroken."""
-        if not self.target.alive and self.target.wake_mac:
-            await self._peers.wake(self.target)
+        if self.asleep:
+            await self.wake()
         if not self.via.alive:
-            raise UpstreamBroken(f"node {self.via.node} has left", started=False)
+            raise UpstreamBroken(f"node {self.via.node} has left or is suspected to have", started=False)
         return await self.via.links.take(fresh=fresh)
 
     def hear(self, situation: bytes) -> None:
@@ -78,7 +98,7 @@ class Seat:
                 self.via.links.close(connection)
         if complete:
             target.breaker.success(self._ticket, now)
-        elif failed:
+        elif failed and self.via is target:
             target.lost += 1
             target.breaker.failure(self._ticket, now)
         else:
@@ -98,6 +118,7 @@ class Peers:
         self._having: dict[str, dict[str, Offer]] = {}  # key in lower case -> node -> offer
         self._names: dict[str, str] = {}  # any name in lower case -> key in lower case
         self._profiles: dict[str, Profile] = {}
+        self._fingerprints: dict[str, str] = {}  # key in lower case -> the one to use
 
     def __iter__(self) -> Iterator[Peer]:
         return iter(self._peers.values())
@@ -134,34 +155,43 @@ class Peers:
         return peer.entry
 
     def set_alive(self, node: str, alive: bool, *, direct: bool = True) -> None:
-        """A verdict of the membership. Connections with who is gone are closed, so that waiters learn."""
+        """A verdict of the membership. Who is only suspected gets nothing new, but what is under way there
+        goes on: the suspicion may be somebody else's, and a frozen peer is found out by our own probes."""
         peer = self._peers.get(node)
         if peer is None:
             return
         changed = peer.alive != alive
         peer.alive, peer.direct = alive, direct
-        if not alive and changed:
-            peer.links.close_all()
         if changed:
-            self._index()
             self.on_change()
 
     def forget(self, node: str) -> None:
-        """It left, or is dead for good: it isn't listed any more, unless it only sleeps."""
+        """It left, or is dead for good: it isn't listed any more, unless it only sleeps. Connections with it
+        are closed, so that whoever waits there learns."""
         peer = self._peers.get(node)
         if peer is None:
             return
-        self.set_alive(node, alive=False)
-        if not peer.wake_mac:
+        peer.alive = False
+        peer.links.close_all()
+        if not peer.wake_mac and peer.offers:
             peer.offers = {}
             self._index()
+        self.on_change()
+
+    def discard(self, node: str) -> bool:
+        """Nobody knows it any more: drop all there is of it, unless something still uses it."""
+        peer = self._peers.get(node)
+        if peer is None or peer.alive or peer.in_flight or peer.wake_mac or len(peer.links):
+            return False
+        del self._peers[node]
+        if peer.offers:
+            self._index()
+        return True
 
     def _index(self) -> None:
         having: dict[str, dict[str, Offer]] = {}
         names: dict[str, str] = {}
         for peer in self._peers.values():
-            if not peer.alive and not peer.wake_mac:
-                continue
             for key, offer in peer.offers.items():
                 having.setdefault(key, {})[peer.node] = offer
                 for model in (offer.model, *offer.aliases):
@@ -171,7 +201,16 @@ class Peers:
                         names.setdefault(model.casefold(), key)
         self._having = having
         self._names = names
-        self._profiles = {key: self._profiles[key] for key in having if key in self._profiles}
+        self._profiles = {}
+        # What was used is used on while anybody has it: clients compare embeddings over days.
+        self._fingerprints = {
+            key: chosen for key, offers in having.items() if (chosen := self._choose_fingerprint(key, offers))
+        }
+
+    def _choose_fingerprint(self, key: str, offers: Mapping[str, Offer]) -> str:
+        counts = Counter(offer.fingerprint for offer in offers.values() if offer.runs)
+        before = self._fingerprints.get(key, "")
+        return before if before in counts else min(counts, key=lambda one: (-counts[one], one), default="")
 
     # For the router.
 
@@ -203,8 +242,16 @@ class Peers:
         """Every profile of the peers: its key in lower case, and who offers it."""
         yield from self._having.items()
 
-    def outlooks(self, key: str, excluded: Collection[str], fingerprint: str | None = None) -> list[Outlook]:
-        """The peers that could take a request for "model:profile" now. `fingerprint`: only equal ones."""
+    def outlooks(
+        self,
+        key: str,
+        excluded: Collection[str],
+        fingerprint: str | None = None,
+        usual_load_ms: float = 0.0,
+    ) -> list[Outlook]:
+        """The peers that could take a request for "model:profile" now. `fingerprint`: only equal ones;
+        `usual_load_ms`: what a load takes where that isn't known of the peer itself, 0 = unknown.
+        """
         now = trio.current_time()
         found = []
         for node, offer in self._having.get(key.casefold(), {}).items():
@@ -213,16 +260,20 @@ class Peers:
                 continue
             if fingerprint and offer.fingerprint != fingerprint:
                 continue
-            via = self._way_to(peer)
-            if via is None or via.node in excluded or (peer.alive and peer.news.closed):
+            via = self._way_to(peer, excluded)
+            if via is None or (peer.alive and peer.closed):
                 continue
-            found.append(_outlook(peer, via, offer))
+            found.append(_outlook(peer, via, offer, usual_load_ms))
         return found
 
-    def seat(self, node: str, key: str) -> Seat | None:
+    def fingerprint(self, key: str) -> str:
+        """What most nodes run, of equals the least; from then on always the same."""
+        return self._fingerprints.get(key.casefold(), "")
+
+    def seat(self, node: str, key: str, excluded: Collection[str] = ()) -> Seat | None:
         """See `Peers` of dispatch.router."""
         peer = self._peers.get(node)
-        via = self._way_to(peer) if peer is not None else None
+        via = self._way_to(peer, excluded) if peer is not None else None
         if peer is None or via is None:
             return None
         ticket = peer.breaker.ask(trio.current_time())
@@ -231,20 +282,22 @@ class Peers:
         offer = peer.offers.get(key.casefold())
         return Seat(self, peer, via, offer.key if offer is not None else key, ticket)
 
-    def explain(self, key: str) -> str:
-        """Why no peer takes a request for the profile now; "" when none has it."""
+    def explain(self, key: str, excluded: Collection[str] = ()) -> str:
+        """See `Peers` of dispatch.router."""
         now = trio.current_time()
         reasons = []
-        for node in self._having.get(key.casefold(), {}):
+        for node, offer in self._having.get(key.casefold(), {}).items():
+            if node in excluded or not offer.runs:
+                continue
             peer = self._peers[node]
             if not peer.alive:
                 why = "is asleep or not reachable"
-            elif self._way_to(peer) is None:
+            elif self._way_to(peer, excluded) is None:
                 why = f"can't be reached from here ({peer.links.problem or 'no connection'})"
             elif not peer.breaker.allows(now):
                 why = f"failed a moment ago ({peer.breaker.text(now)})"
             else:
-                why = peer.news.closed or "can't take it now"
+                why = peer.closed or "can't take it now"
             reasons.append(f"node {node} {why}")
         return "; ".join(reasons[:8])
 
@@ -252,19 +305,21 @@ class Peers:
         """Have a sleeping machine woken, and return when it has joined. Raises UpstreamBroken."""
         await self._wake(peer)
 
-    def _way_to(self, peer: Peer) -> Peer | None:
+    def _way_to(self, peer: Peer, excluded: Collection[str]) -> Peer | None:
         """The peer itself, a third node that reaches it, or None."""
         if not peer.alive:
             return peer if peer.wake_mac else None
         if peer.direct and peer.links.reachable:
             return peer
         for other in self._peers.values():
-            if other.alive and other.direct and other.links.reachable and peer.node not in other.entry.cut:
+            if other is peer or other.node in excluded or not (other.alive and other.direct):
+                continue
+            if other.links.reachable and peer.node not in other.entry.cut:
                 return other
         return peer if peer.links.reachable else None
 
 
-def _outlook(peer: Peer, via: Peer, offer: Offer) -> Outlook:
+def _outlook(peer: Peer, via: Peer, offer: Offer, usual_load_ms: float) -> Outlook:
     """The peer as a candidate: what it told last about others' requests, and our own as they are now."""
     situation = peer.situation(offer.key)
     # What the peer tells us leaves our own requests out, so the two add up whenever that was.
@@ -278,8 +333,9 @@ def _outlook(peer: Peer, via: Peer, offer: Offer) -> Outlook:
         sent=peer.in_flight.get(offer.key, 0),
         loading_left_ms=situation.loading_left_ms,
         loading_slots=situation.loading_slots,
-        load_ms=None if situation.room_ms is None else offer.load_ms,
+        load_ms=None if situation.room_ms is None else offer.load_ms or usual_load_ms,
         room_ms=situation.room_ms or 0.0,
+        download_ms=situation.download_ms,
         wake_ms=0.0 if peer.alive else _WAKE_MS,
         slots_per_instance=offer.n_slots,
         service_ms=offer.service_ms,

@@ -32,6 +32,9 @@ RECORD_SIZE = 32_768
 # Far below the 2**64 - 1 that Noise allows, and out of reach: 10^6 records a second for 100,000 years.
 _MAX_RECORDS = 1 << 62
 
+# Slices of a view copy nothing, but take as long as copies of less than this.
+_VIEW_FROM = 2048
+
 _header = struct.Struct(">BH").pack
 _read_header = struct.Struct(">BH").unpack_from
 _nonce = struct.Struct("<4xQ").pack
@@ -78,7 +81,7 @@ class Session:
             [self.encrypt(DATA, view[at : at + RECORD_SIZE]) for at in range(0, size, RECORD_SIZE)]
         )
 
-    def decrypt(self, header: bytes, ciphertext: bytes) -> bytes:
+    def decrypt(self, header: bytes, ciphertext: bytes | memoryview) -> bytes:
         """The plaintext of the next record. Raises RecordBroken; the session is of no use then."""
         number = self._opened
         if number >= _MAX_RECORDS:
@@ -110,19 +113,20 @@ class Records:
 
     def feed(self, data: bytes) -> bytes:
         """What the records that are complete now hold, joined. Raises RecordBroken."""
+        read: bytes | bytearray = data
         if self._partial:
             self._partial += data
             if len(self._partial) < self._need:
                 return b""
-            data = bytes(self._partial)
-            self._partial.clear()
+            read, self._partial = self._partial, bytearray()
         if self.ended or self.broken:
             self._break("bytes after the end of the stream")
-        size = len(data)
+        size = len(read)
+        view = memoryview(read) if size > _VIEW_FROM else bytes(read)
         at = 0
         parts: list[bytes] = []
         while size - at >= HEADER_SIZE:
-            kind, length = _read_header(data, at)
+            kind, length = _read_header(view, at)
             if length < TAG_SIZE or (kind != DATA and kind != END and kind != REFUSED):
                 self._break("not a record")
             start = at + HEADER_SIZE
@@ -131,7 +135,7 @@ class Records:
                 self._need = end - at
                 break
             try:
-                plain = self._session.decrypt(data[at:start], data[start:end])
+                plain = self._session.decrypt(bytes(view[at:start]), view[start:end])
             except RecordBroken:
                 self.broken = True
                 raise
@@ -147,7 +151,7 @@ class Records:
         else:
             self._need = HEADER_SIZE
         if at < size:
-            self._partial += data[at:]
+            self._partial += view[at:]
         return parts[0] if len(parts) == 1 else b"".join(parts)
 
     def _finish(self, kind: int, plain: bytes) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
 
 import trio
 
@@ -14,24 +14,51 @@ from llamesh.telemetry.logs import get_logger
 log = get_logger("mesh")
 
 # How long a machine may take from the magic packet to its first sign of life.
-_WAKE_SECONDS = 90.0
+WAKE_SECONDS = 90.0
+
+# Packets get lost, and a card that is about to fall asleep sees none.
+PACKET_SECONDS = 5.0
+
+_LOOK_SECONDS = 0.1
 
 
-async def wake_up(peer: Peer, interfaces: Sequence[str]) -> None:
-    """Send the magic packet and wait until the machine has joined. Raises UpstreamBroken."""
-    assert peer.wake_mac is not None  # noqa: S101
-    log.info("waking", peer=peer.node)
-    with trio.move_on_after(_WAKE_SECONDS):
-        while not peer.alive:
-            try:
-                await wake(peer.wake_mac, interfaces)
-            except OSError as error:
-                raise UpstreamBroken(f"node {peer.node} can't be woken: {error}", started=False) from error
-            with trio.move_on_after(5.0):
-                while not peer.alive:
-                    await trio.sleep(0.1)
-        return
-    raise UpstreamBroken(
-        f"node {peer.node} was sent a wake-up packet and didn't come within {_WAKE_SECONDS:g} s",
-        started=False,
-    )
+class Waker:
+    """Wakes machines; however many requests wait for one, it is sent one packet each `PACKET_SECONDS`."""
+
+    def __init__(
+        self,
+        interfaces: Sequence[str],
+        send: Callable[[str, Sequence[str]], Awaitable[object]] = wake,
+    ) -> None:
+        """`interfaces`: as in `cluster.discovery.interfaces`; `send` sends one packet, or raises OSError."""
+        self._interfaces = tuple(interfaces)
+        self._send = send
+        self._sent: dict[str, float] = {}  # when, by node
+
+    async def wake(self, peer: Peer) -> None:
+        """Send the magic packet and wait until the machine has joined. Raises UpstreamBroken."""
+        mac = peer.wake_mac
+        if mac is None:
+            raise UpstreamBroken(
+                f"node {peer.node} is away, and cluster.peers has no wake_mac of it", started=False
+            )
+        with trio.move_on_after(WAKE_SECONDS):
+            while not peer.alive:
+                now = trio.current_time()
+                if now - self._sent.get(peer.node, float("-inf")) >= PACKET_SECONDS:
+                    if now - self._sent.get(peer.node, float("-inf")) >= WAKE_SECONDS:
+                        log.info("waking", peer=peer.node)
+                    self._sent[peer.node] = now
+                    try:
+                        await self._send(mac, self._interfaces)
+                    except OSError as error:
+                        raise UpstreamBroken(
+                            f"node {peer.node} can't be woken: {error}", started=False
+                        ) from error
+                await trio.sleep(_LOOK_SECONDS)
+            self._sent.pop(peer.node, None)
+            return
+        raise UpstreamBroken(
+            f"node {peer.node} was sent wake-up packets and didn't come within {WAKE_SECONDS:g} s",
+            started=False,
+        )

@@ -11,7 +11,7 @@ import contextlib
 import glob
 import os
 from pathlib import Path
-from typing import Annotated, Any, TypeAlias
+from typing import Annotated, Any, Protocol, TypeAlias
 
 import msgspec
 import psutil
@@ -29,12 +29,20 @@ _Amount: TypeAlias = Annotated[float, msgspec.Meta(ge=0)]
 _MAX_BYTES = 16 << 20
 
 
+class Said(Protocol):
+    """What an instance said of itself, in tokens; 0 where it said nothing."""
+
+    n_ctx: int
+    n_ctx_slot: int
+    n_ctx_train: int
+
+
 class Learned(msgspec.Struct, omit_defaults=True):
     """One profile's values; 0 where nothing is known.
 
     n_ctx: context of the whole instance, in tokens; context_length: what one request may use;
     n_ctx_train: what the model was trained for; n_slots: requests at once; load_seconds: process
-    start to ready; tokens_per_second: decode speed of one answer.
+    start to ready; tokens_per_second: decode speed of one answer. engine: which one said so.
     """
 
     n_ctx: _Count = 0
@@ -44,6 +52,25 @@ class Learned(msgspec.Struct, omit_defaults=True):
     load_seconds: _Amount = 0.0
     tokens_per_second: _Amount = 0.0
     speeds: dict[str, _Amount] = {}  # of requests and their parts, see core.speeds
+    engine: str = ""
+
+    def note_start(self, engine: str, said: Said, n_slots: int, load_seconds: float) -> None:
+        """Take in what an instance said of itself by the time it was ready.
+
+        Where it was silent an earlier answer stands, unless another engine gave it.
+        """
+        if self.engine != engine:
+            self.n_ctx = self.context_length = self.n_ctx_train = 0
+            self.engine = engine
+        self.n_slots = n_slots
+        self.n_ctx = said.n_ctx or self.n_ctx
+        self.context_length = said.n_ctx_slot or self.context_length
+        self.n_ctx_train = said.n_ctx_train or self.n_ctx_train
+        self.load_seconds = round(load_seconds, 3)
+
+    def slots_on(self, engine: str) -> int:
+        """`n_slots` as far as it holds for an engine; 0 where it doesn't."""
+        return self.n_slots if self.engine in ("", engine) else 0
 
 
 class Peak(msgspec.Struct):

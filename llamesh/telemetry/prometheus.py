@@ -17,6 +17,7 @@ from prometheus_client.core import (
 from prometheus_client.exposition import CONTENT_TYPE_LATEST
 from prometheus_client.registry import Collector
 
+from llamesh.telemetry.mesh_figures import MeshFigures, families
 from llamesh.telemetry.stats import Histogram, NodeStats, ProfileStats
 
 
@@ -25,7 +26,7 @@ class Gauges:
     """What is counted elsewhere: instances by (profile key, state), queue length by profile key, bytes of
     memory by ("vram" or "sysmem", what), evictions by reason, and of the files: reloads, refused ones,
     and whether what is on disk is in force. `profile_memory`: bytes by (profile key, "vram" or "sysmem",
-    "estimated" or "measured").
+    "estimated" or "measured"). `mesh`: None where there is none.
     """
 
     instances: dict[tuple[str, str], int]
@@ -35,12 +36,15 @@ class Gauges:
     evictions: dict[str, int] = field(default_factory=dict)
     files: tuple[int, int, bool] = (0, 0, True)
     profile_memory: dict[tuple[str, str, str], int] = field(default_factory=dict)
+    mesh: MeshFigures | None = None
 
 
 class NodeCollector(Collector):
     """Turns `NodeStats` into metric families. Label values come from the cookbook and from fixed sets."""
 
-    def __init__(self, stats: NodeStats, gauges: Callable[[], Gauges], info: dict[str, str]) -> None:
+    def __init__(
+        self, stats: NodeStats, gauges: Callable[[], Gauges], info: Callable[[], dict[str, str]]
+    ) -> None:
         self._stats = stats
         self._gauges = gauges
         self._info = info
@@ -52,7 +56,7 @@ class NodeCollector(Collector):
 
     def collect(self) -> Iterator[Metric]:
         """All families."""
-        yield InfoMetricFamily("llamesh_build", "Version, node and engine of this process", self._info)
+        yield InfoMetricFamily("llamesh_build", "Version, node and engine of this process", self._info())
         yield from self._requests()
         yield from self._profile_counters()
         yield from self._profile_histograms()
@@ -77,6 +81,13 @@ class NodeCollector(Collector):
         yield CounterMetricFamily(
             "llamesh_malformed_requests", "Bytes that were no HTTP request", value=self._stats.bad_heads
         )
+
+        builds = CounterMetricFamily(
+            "llamesh_engine_builds", "Builds of llama.cpp and looks for a newer one", labels=("outcome",)
+        )
+        for outcome, count in self._stats.builds.items():
+            builds.add_metric((outcome,), count)
+        yield builds
 
     def _profile_counters(self) -> Iterator[Metric]:
         counters: tuple[tuple[str, str, Callable[[ProfileStats], float]], ...] = (
@@ -141,6 +152,9 @@ class NodeCollector(Collector):
             "llamesh_connections", "Open client connections", value=self._stats.connections
         )
         yield from self._memory_and_files(now)
+        if now.mesh is not None:
+            yield from families(now.mesh)
+            yield from self._by_node()
         times = self._process.cpu_times()
         yield CounterMetricFamily(
             "process_cpu_seconds", "CPU time of this process", value=times.user + times.system
@@ -151,6 +165,22 @@ class NodeCollector(Collector):
         yield GaugeMetricFamily(
             "process_start_time_seconds", "Start, Unix time", value=self._process.create_time()
         )
+
+    def _by_node(self) -> Iterator[Metric]:
+        served = CounterMetricFamily(
+            "llamesh_requests_served", "Inference requests answered, by the node that did", labels=("node",)
+        )
+        for node, count in self._stats.served_by.items():
+            served.add_metric((node,), count)
+        yield served
+        retries = CounterMetricFamily(
+            "llamesh_forward_retries",
+            "Forwards after which the request was tried elsewhere, by why",
+            labels=("reason",),
+        )
+        for reason, count in self._stats.forward_retries.items():
+            retries.add_metric((reason,), count)
+        yield retries
 
     @staticmethod
     def _memory_and_files(now: Gauges) -> Iterator[Metric]:

@@ -85,14 +85,31 @@ class ProfileStats:
             self.tokens_per_second = speed if known == 0 else known + _NEWEST * (speed - known)
 
 
+# Nodes that are counted by name. They name themselves, so there may be any number of names.
+_MOST_NODES = 256
+OTHER_NODES = "other nodes"
+
+
 class NodeStats:
-    """All counters of this node. `profile` creates what it doesn't know; keys are "model:profile"."""
+    """All counters of this node. `profile` creates what it doesn't know; keys are "model:profile".
+
+    `served_by`: answered requests by node id, see `count_served`; `forward_retries`: forwards after which a
+    request was tried elsewhere, by an error's type, or "lost".
+    """
 
     def __init__(self) -> None:
         self.profiles: dict[str, ProfileStats] = {}
         self.rejected: Counter[str] = Counter()  # error type -> requests that named no profile of ours
+        self.builds: Counter[str] = Counter()  # outcome -> builds of llama.cpp, and looks for a newer one
         self.connections = 0
         self.bad_heads = 0
+        self.served_by: Counter[str] = Counter()
+        self.forward_retries: Counter[str] = Counter()
+
+    def count_served(self, node: str) -> None:
+        """A request was answered by that node, this one or another."""
+        known = node in self.served_by or len(self.served_by) < _MOST_NODES
+        self.served_by[node if known else OTHER_NODES] += 1
 
     def profile(self, key: str) -> ProfileStats:
         """The counters of one profile. Call it with keys of the cookbook only, so that they stay few."""

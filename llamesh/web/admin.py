@@ -17,7 +17,19 @@ from llamesh.core.cost import Features
 from llamesh.core.lifecycle import State
 from llamesh.core.routing import route
 from llamesh.dispatch import Dispatch
-from llamesh.errors import InvalidRequest, ModelNotFound, NoCapacity, UpstreamError
+from llamesh.errors import (
+    Draining,
+    InvalidRequest,
+    LlameshError,
+    ModelNotFound,
+    NoCapacity,
+    QueueFull,
+    QueueTimeout,
+    SpawnFailed,
+    UpstreamError,
+    UpstreamTimeout,
+)
+from llamesh.local.builds.manager import BuildManager
 from llamesh.local.keeper import Keeper
 from llamesh.local.pool import Pool
 from llamesh.net.exchange import UpstreamBroken
@@ -44,12 +56,31 @@ _PREWARM_SECONDS = 3600.0
 
 _FOREVER_SECONDS = 100 * 365 * 86400
 
+# What a prewarm may come to at a peer.
+_ERRORS: tuple[type[LlameshError], ...] = (
+    InvalidRequest,
+    ModelNotFound,
+    QueueFull,
+    QueueTimeout,
+    Draining,
+    NoCapacity,
+    SpawnFailed,
+    UpstreamError,
+    UpstreamTimeout,
+)
+
 
 class Administration:
     """The acts, each a method from the request's JSON object to status and answer. Raises LlameshError."""
 
     def __init__(
-        self, store: Store, pool: Pool, dispatch: Dispatch, prewarm: Prewarm, keeper: Keeper
+        self,
+        store: Store,
+        pool: Pool,
+        dispatch: Dispatch,
+        prewarm: Prewarm,
+        keeper: Keeper,
+        builds: BuildManager,
     ) -> None:
         self._store = store
         self._pool = pool
@@ -57,6 +88,7 @@ class Administration:
         self._prewarm = prewarm
         self._keeper = keeper
         self.mesh: Mesh | None = None
+        self._builds = builds
 
     async def prewarm(self, document: Document) -> Answer:
         """`{"model", "wait": true}`: load it; answers when it is ready, or at once with 202. With `"node"`
@@ -73,36 +105,43 @@ class Administration:
 
     def _node_for(self, document: Document) -> str | None:
         """The peer that is to load it, None for this node."""
-        current, node = self._store.current, document.get("node")
-        if node is not None and not isinstance(node, str):
+        current, node, name = self._store.current, document.get("node"), document.get("model")
+        if node is not None and (not isinstance(node, str) or not node):
             raise InvalidRequest("`node` must be the id of a node, see GET /cluster/nodes", param="node")
-        if node == current.settings.node_id:
-            return None
         if node is not None:
-            return node
-        name = document.get("model")
-        if self.mesh is None or not isinstance(name, str) or current.cookbook.find(name) is not None:
+            return None if node == current.settings.node_id else node
+        if self.mesh is None or not isinstance(name, str):
             return None
-        profile = self.mesh.peers.find(name)
-        if profile is None:
+        profile = current.cookbook.find(name)
+        if profile is not None and profile.max_instances != 0:
+            return None
+        profile = profile or self.mesh.peers.find(name)
+        if profile is None or not self.mesh.peers.has(profile.key):
             return None
         choice = route(None, self.mesh.peers.outlooks(profile.key, ()), Features())
         if not choice.node:
-            raise NoCapacity(f"{profile.key}: {self.mesh.peers.explain(profile.key) or 'no node has it'}")
+            why = self.mesh.peers.explain(profile.key) or "no node that has it runs it"
+            raise NoCapacity(f"{profile.key} can't be loaded anywhere now: {why}", param="model")
         return choice.node
 
     async def _ask_peer(self, node: str, document: Document) -> Answer:
         peer = self.mesh.peers.get(node) if self.mesh is not None else None
-        if peer is None or not peer.alive:
-            raise InvalidRequest(f"there is no node {node[:64]!r} in the mesh now", param="node")
+        if self.mesh is None or peer is None or not (peer.alive or peer.wake_mac):
+            raise InvalidRequest(
+                f"there is no node {node[:64]!r} in the mesh now; see GET /cluster/nodes", param="node"
+            )
         from llamesh.mesh.calls import call
 
         body = msgspec.json.encode({name: value for name, value in document.items() if name != "node"})
         try:
+            if not peer.alive:
+                await self.mesh.peers.wake(peer)
             status, data = await call(peer.links, "POST", "/mesh/prewarm", body, seconds=_PREWARM_SECONDS)
             answer = msgspec.json.decode(data, type=dict[str, Any])
-        except (UpstreamBroken, msgspec.MsgspecError, UnicodeDecodeError) as error:
+        except (UpstreamBroken, msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
             raise UpstreamError(f"node {node} didn't take the prewarm: {error}") from None
+        if status not in (200, 202):
+            raise _passed_on(node, status, answer)
         return status, {**answer, "node": node}
 
     async def load_one(self, document: Document) -> Answer:
@@ -180,6 +219,16 @@ class Administration:
             "needs_restart": list(change.needs_restart),
         }
 
+    async def rebuild(self, document: Document) -> Answer:
+        """Look for a newer llama.cpp, build it and move over; answers at once. Raises Conflict."""
+        self._builds.request()
+        log.info("rebuild requested")
+        return 202, {"status": "started"}
+
+    async def builds(self, document: Document) -> Answer:
+        """What the build manager does, and what came of the last build."""
+        return 200, self._builds.document()
+
     def _wanted(self, document: Document) -> Profile:
         name = document.get("model")
         if not isinstance(name, str) or not name:
@@ -192,6 +241,20 @@ class Administration:
         return profile
 
 
+def _passed_on(node: str, status: int, answer: Document) -> LlameshError:
+    """A peer's error, as ours: the same status, type and words."""
+    error = answer.get("error")
+    told = error if isinstance(error, dict) else {}
+    message, kind, param = told.get("message"), told.get("type"), told.get("param")
+    if not isinstance(message, str) or not isinstance(kind, str):
+        return UpstreamError(f"node {node} answered the prewarm with status {status} and no reason")
+    known = {one.type: one for one in _ERRORS if one.status == status}
+    face = known.get(kind)
+    if face is None:
+        return UpstreamError(f"node {node} didn't take the prewarm ({kind[:64]}): {message[:2000]}")
+    return face(message[:2000], param=param if isinstance(param, str) else None, extra={"node": node})
+
+
 def routes_of(acts: Administration) -> dict[str, tuple[str, Act]]:
     """Every path of administration: its method, and the act."""
     return {
@@ -201,6 +264,8 @@ def routes_of(acts: Administration) -> dict[str, tuple[str, Act]]:
         "/admin/undrain": ("POST", acts.undrain),
         "/admin/pause": ("POST", acts.pause),
         "/admin/reload": ("POST", acts.reload),
+        "/admin/rebuild-llama": ("POST", acts.rebuild),
+        "/admin/builds": ("GET", acts.builds),
         # By the names of llama.cpp's router, and of llama-swap.
         "/models/load": ("POST", acts.load_one),
         "/models/unload": ("POST", acts.unload_one),

@@ -10,7 +10,7 @@ from functools import partial
 import msgspec
 import trio
 
-from llamesh.dispatch.lease import AT_HOME, Ask, Travel
+from llamesh.dispatch.lease import AT_HOME, AnyLease, Ask, Lease, Travel
 from llamesh.errors import UpstreamError
 from llamesh.net.exchange import Headers, UpstreamConnection
 from llamesh.telemetry.recorder import Record
@@ -31,7 +31,8 @@ SSE_HEADERS: Headers = [
 _LATE_ERROR_BYTES = 65_536
 
 
-def _nothing() -> str:
+def working() -> str:
+    """What a request waits for that an instance has taken."""
     return "working"
 
 
@@ -49,7 +50,7 @@ class Inbound:
     request_id: str
     started: float
     travel: Travel = AT_HOME
-    waiting_for: Callable[[], str] = _nothing
+    waiting_for: Callable[[], str] = working
 
 
 @dataclass(slots=True)
@@ -67,13 +68,15 @@ class Outcome:
     first_byte_seconds: float | None = None
     attempts: int = 0
     error: str = ""  # an error's type, "cut" or "cancelled"; empty for an answer that was relayed whole
+    retries: tuple[str, ...] = ()  # why forwards came to nothing: an error's type, or "lost"
     usage: Usage = field(default_factory=Usage)
 
 
 @dataclass(slots=True)
 class Job:
     """One request on its way. `broken`: instances that broke on it, here or at those it came from; `lost`:
-    peers that went away with it; `deadline`: trio's time; `spoke`: when its client last heard from us.
+    peers that went away with it; `deadline`: trio's time; `spoke`: when its client last heard from us;
+    `heard`: when its upstream did something last; `unreached`: nodes that couldn't be connected with.
     """
 
     inbound: Inbound
@@ -84,11 +87,20 @@ class Job:
     broken: int = 0
     lost: int = 0
     deadline: float = math.inf
-    spoke: float = field(default_factory=trio.current_time)
+    spoke: float = 0.0
+    heard: float = 0.0
+    unreached: set[str] = field(default_factory=set)
 
     def exclude(self, node: str) -> None:
         """Don't ask that peer again for this request."""
         self.ask = replace(self.ask, excluded=self.ask.excluded | {node})
+
+    def avoid(self, node: str, *, had_it: bool) -> None:
+        """A peer was lost. Behind one that couldn't be dialled, and so never had the request, there may be
+        another way to the same place: only the second time it isn't asked again."""
+        if had_it or node in self.unreached:
+            self.exclude(node)
+        self.unreached.add(node)
 
     def hear_progress(self, status: int, headers: Headers) -> None:
         """An interim response of a peer: what it is waiting for."""
@@ -190,3 +202,11 @@ def keepalive(route: Route, waiting_for: str) -> bytes:
     if route.dialect == "anthropic":
         return b'event: ping\ndata: {"type": "ping"}\n\n'
     return b": " + waiting_for.replace("\n", " ").replace("\r", " ").encode() + b"\n\n"
+
+
+def note_place(record: Record, lease: AnyLease) -> None:
+    """For people: where the request is now."""
+    if isinstance(lease, Lease):
+        record.phase, record.instance, record.peer = "prefill", lease.instance.id, ""
+    else:
+        record.phase, record.instance, record.peer = "forwarded", "", lease.node

@@ -6,13 +6,15 @@ errors, counts and logs it is here, so that both lanes give the same answers.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import trio
 
 from llamesh.config.current import Current
 from llamesh.config.settings import Settings
 from llamesh.dispatch import Dispatch
 from llamesh.dispatch.lease import Ask
-from llamesh.errors import InternalError, InvalidRequest, LlameshError
+from llamesh.errors import InternalError, InvalidRequest, LlameshError, ModelNotFound
 from llamesh.net.exchange import Headers
 from llamesh.telemetry.logs import get_logger
 from llamesh.telemetry.recorder import Record, Recorder
@@ -20,6 +22,7 @@ from llamesh.telemetry.stats import NodeStats, ProfileStats
 from llamesh.web.access import Access
 from llamesh.web.answer import ClientGone, Inbound, Job, Outcome, finish_with_event
 from llamesh.web.body import Budget
+from llamesh.web.headers import NONE
 from llamesh.web.openai import Route, choose_profile, read_features, read_wish
 from llamesh.web.relay import Relay
 from llamesh.web.sink import Sink
@@ -64,6 +67,7 @@ class Gateway:
         """
         record = self.recorder.begin(inbound.request_id, inbound.path, inbound.started, inbound, sink)
         outcome = Outcome(record)
+        job: Job | None = None
         profile_stats: ProfileStats | None = None
         key, origin = "", inbound.travel.origin
         try:
@@ -73,11 +77,15 @@ class Gateway:
             profile_stats.current_requests += 1
             if origin:
                 self._dispatch.count_origin(origin, key, 1)
-            await self._relay.run(Job(inbound, ask, route, sink, outcome, broken=inbound.travel.attempt))
+            job = Job(
+                inbound, ask, route, sink, outcome, broken=inbound.travel.attempt, spoke=inbound.started
+            )
+            await self._relay.run(job)
         except LlameshError as error:
             outcome.status = outcome.status or error.status
             outcome.error, record.message = error.type, error.message[:1000]
-            await self.refuse(error, inbound.request_id, sink, route)
+            more = self._relay.news(job) if origin and job is not None else NONE
+            await self.refuse(error, inbound.request_id, sink, route, more)
         except ClientGone:
             outcome.error = "cancelled"
             sink.abort()
@@ -95,7 +103,14 @@ class Gateway:
                     self._dispatch.count_origin(origin, key, -1)
             self._account(inbound, key, profile_stats, outcome)
 
-    async def refuse(self, error: LlameshError, id: str, sink: Sink, route: Route | None = None) -> None:  # noqa: A002
+    async def refuse(
+        self,
+        error: LlameshError,
+        id: str,  # noqa: A002
+        sink: Sink,
+        route: Route | None = None,
+        more: Headers = NONE,
+    ) -> None:
         """Answer with an error: as a response, or as an event where the answer has begun."""
         try:
             if sink.started:
@@ -105,7 +120,7 @@ class Gateway:
                     await finish_with_event(sink, route, error.document())
                 return
             body = error.body()
-            sink.start(error.status, self.error_headers(error, id), length=len(body))
+            sink.start(error.status, [*self.error_headers(error, id), *more], length=len(body))
             await sink.finish(body)
         except (OSError, ClientGone):
             sink.abort()
@@ -131,6 +146,9 @@ class Gateway:
                 content_type = value
                 break
         wish = read_wish(content_type, inbound.query, inbound.body.view())
+        travel = inbound.travel
+        if travel.model:
+            wish = replace(wish, model=travel.model)
         profile = choose_profile(
             self._dispatch.find, wish, route, self.settings.default_model, self.settings.node_id
         )
@@ -138,10 +156,15 @@ class Gateway:
         streams = record.streams = wish.streams and route.needs == "text"
         if self._dispatch.router is None:
             return Ask(profile, inbound.request_id, streams)
-        record.origin, record.via = inbound.travel.origin, inbound.travel.via
+        record.origin, record.via = travel.origin, travel.via
+        if travel.fingerprint and self._dispatch.router.differs(profile, travel):
+            raise ModelNotFound(
+                f"node {self.settings.node_id} has {profile.key} with other weights or settings",
+                param="model",
+            )
         self._number += 1
         features = read_features(wish, route, inbound.body, self._number)
-        return Ask(profile, inbound.request_id, streams, inbound.travel, features, record=record)
+        return Ask(profile, inbound.request_id, streams, travel, features, record=record)
 
     def _check_hops(self, headers: Headers) -> None:
         for name, value in headers:
@@ -157,6 +180,10 @@ class Gateway:
         seconds = trio.current_time() - inbound.started
         usage = outcome.usage
         failed = (bool(outcome.error) and outcome.error != "cancelled") or outcome.status >= 400
+        if outcome.node and not failed:
+            self.stats.count_served(outcome.node)
+        if outcome.retries:
+            self.stats.forward_retries.update(outcome.retries)
         if stats is None:
             self.stats.rejected[outcome.error or "cancelled"] += 1
         else:

@@ -2,25 +2,44 @@
 
 from __future__ import annotations
 
+import math
 import time
-from collections.abc import Collection
+from collections import Counter
+from collections.abc import Collection, Mapping
 from typing import TYPE_CHECKING, Any
 
 import trio
 
-from llamesh.core.membership import Status
+from llamesh.core.membership import Member, Status
 from llamesh.core.offers import Offer
+from llamesh.telemetry.mesh_figures import MOST_PEERS, MeshFigures, PeerFigures
 
 if TYPE_CHECKING:
     from llamesh.mesh.mesh import Mesh
     from llamesh.mesh.peer import Peer
 
-# Members of a node's entry that its own summary can't say.
-_OURS = ("ready", "version", "llama_cpp_version", "address", "last_seen", "status")
+# Members of a node's entry that its own summary can't say: this node knows better.
+_OURS = ("ready", "reason", "version", "llama_cpp_version", "address", "last_seen", "status")
+
+# What an entry has before the node has said anything.
+_UNKNOWN: Mapping[str, Any] = {
+    "active_instances": 0,
+    "current_requests": 0,
+    "model_stats": {},
+    "total_queue_length": 0,
+    "available_vram": None,
+    "available_sysmem": None,
+    "external_vram_mb": None,
+    "device_vram_used_mb": None,
+    "device_vram_total_mb": None,
+    "gpu_telemetry_available": False,
+}
+
+_HERE = (Status.ALIVE, Status.SUSPECT)
 
 
 class MeshPages:
-    """Reads the mesh into documents; asks nobody and changes nothing."""
+    """Reads the mesh into documents and figures; asks nobody and changes nothing."""
 
     def __init__(self, mesh: Mesh, created: int) -> None:
         """`created`: OpenAI's member of that name, the same for all models."""
@@ -29,31 +48,20 @@ class MeshPages:
 
     def models(self, own: Collection[str]) -> list[dict[str, Any]]:
         """Entries of `/v1/models` for what only peers have. `own`: this node's keys in lower case."""
-        found = []
-        for key, offers in sorted(self._mesh.peers.offered()):
-            if key not in own:
-                node = min(offers)
-                found.append(self._model(node, offers[node], offers))
-        return found
+        return [self._model(offers) for key, offers in sorted(self._mesh.peers.offered()) if key not in own]
 
     def model(self, name: str) -> dict[str, Any] | None:
         """The entry of one that a peer has."""
         profile = self._mesh.peers.find(name)
         if profile is None:
             return None
-        for key, offers in self._mesh.peers.offered():
-            if key == profile.key.casefold():
-                node = min(offers)
-                return self._model(node, offers[node], offers)
-        return None
+        key = profile.key.casefold()
+        return next((self._model(offers) for one, offers in self._mesh.peers.offered() if one == key), None)
 
-    def _model(self, node: str, offer: Offer, offers: dict[str, Offer]) -> dict[str, Any]:
-        # Of several nodes that have it, the one where it is loaded says most.
-        for one, its in offers.items():
-            if its.status == "loaded":
-                node, offer = one, its
-                break
-        peer = self._mesh.peers.get(node)
+    def _model(self, offers: Mapping[str, Offer]) -> dict[str, Any]:
+        # Of several nodes that have it, one where it is loaded says most.
+        node = min(offers, key=lambda one: (offers[one].status != "loaded", one))
+        offer, peer = offers[node], self._mesh.peers.get(node)
         params = {"n_ctx": offer.n_ctx, "n_ctx_train": offer.n_ctx_train, "n_slots": offer.n_slots}
         entry: dict[str, Any] = {
             "id": offer.public_name,
@@ -80,37 +88,37 @@ class MeshPages:
         return entry
 
     @staticmethod
-    def _status(offers: dict[str, Offer]) -> str:
+    def _status(offers: Mapping[str, Offer]) -> str:
         states = {offer.status for offer in offers.values()}
         return "loaded" if "loaded" in states else "unloaded" if states != {"failed"} else "failed"
 
     def nodes(self) -> dict[str, dict[str, Any]]:
-        """The entries of `/cluster/nodes` for all peers, by node id."""
+        """The entries of `/cluster/nodes` for all peers that are there or asleep, by node id."""
         members = self._mesh.membership.members()
         found = {}
         for peer in self._mesh.peers:
-            member = members.get(peer.node)
-            gone = member is None or member.status in (Status.DEAD, Status.LEFT)
-            if gone and not peer.wake_mac:
-                continue
-            found[peer.node] = self._node(peer, "asleep" if gone or member is None else member.status.value)
+            status = _status_of(peer, members.get(peer.node))
+            if status in ("alive", "suspect", "asleep"):
+                found[peer.node] = self._node(peer, status)
         return found
 
     def _node(self, peer: Peer, status: str) -> dict[str, Any]:
         now, summary = trio.current_time(), peer.news.summary
-        known = {name: value for name, value in summary.items() if name not in _OURS}
-        heard = peer.news_at > float("-inf")
+        heard = math.isfinite(peer.news_at)
+        reason = peer.closed
+        if status == "asleep":
+            # What it said of itself when it was awake isn't so any more.
+            summary, reason = {}, "it is asleep, and is woken when it is needed"
+        elif status == "suspect":
+            reason = "it doesn't answer at the moment"
         return {
-            "active_instances": 0,
-            "current_requests": 0,
-            "loaded_models": sorted(o.key for o in peer.offers.values() if o.status == "loaded"),
-            "supported_models": [offer.key for offer in peer.offers.values()],
-            "model_stats": {},
-            "total_queue_length": 0,
-            "started_at_unix": peer.entry.started,
-            **known,
-            "ready": peer.alive and not peer.news.closed,
-            "reason": peer.news.closed or None,
+            **_UNKNOWN,
+            "loaded_models": [],
+            "supported_models": sorted(offer.key for offer in peer.offers.values()),
+            "started_at_unix": peer.entry.started or None,
+            **{name: value for name, value in summary.items() if name not in _OURS},
+            "ready": status == "alive" and not reason,
+            "reason": reason or None,
             "status": status,
             "version": peer.entry.version,
             "llama_cpp_version": peer.entry.engine_version,
@@ -129,3 +137,63 @@ class MeshPages:
                 "problem": peer.links.problem or None,
             },
         }
+
+    def figures(self) -> MeshFigures:
+        """What `/metrics` shows of it."""
+        mesh, members = self._mesh, self._mesh.membership.members()
+        statuses = Counter(
+            _status_of(mesh.peers.get(node), member)
+            for node, member in members.items()
+            if node != mesh.identity.node_id
+        )
+        listed = []
+        for peer in mesh.peers:
+            status = _status_of(peer, members.get(peer.node))
+            if peer.node not in members and status == "asleep":
+                statuses["asleep"] += 1
+            if peer.node in members or status == "asleep":
+                listed.append(peer)
+        # Those that are there come first, where there are too many.
+        listed.sort(key=lambda peer: (not peer.alive, peer.node))
+        return MeshFigures(
+            statuses,
+            [_figures(peer) for peer in listed[:MOST_PEERS]],
+            _gossip(mesh.membership.counters),
+            {
+                **{("dialler", outcome): count for outcome, count in mesh.dialler.outcomes.items()},
+                **{("acceptor", outcome): count for outcome, count in mesh.greeting.outcomes.items()},
+            },
+        )
+
+
+def _status_of(peer: Peer | None, member: Member | None) -> str:
+    """As `/cluster/nodes` calls it; "" of one that never was a member."""
+    if member is not None and member.status in _HERE:
+        return member.status.value
+    if peer is not None and peer.wake_mac:
+        return "asleep"
+    return "" if member is None else member.status.value
+
+
+def _figures(peer: Peer) -> PeerFigures:
+    running = sum(peer.in_flight.values())
+    return PeerFigures(
+        peer.node,
+        peer.alive,
+        peer.rtt_ms / 1000 if peer.rtt_ms else None,
+        peer.breaker.state.value,
+        {"lost": peer.lost, "ended": peer.forwards - peer.lost - running},
+        running,
+        {"idle": peer.links.idle, "busy": len(peer.links) - peer.links.idle},
+    )
+
+
+def _gossip(counters: Mapping[str, int]) -> dict[tuple[str, str], tuple[int, int]]:
+    """From `in.KIND.bytes` and the like."""
+    found: dict[tuple[str, str], tuple[int, int]] = {}
+    for name, size in counters.items():
+        way, _, rest = name.partition(".")
+        kind, _, unit = rest.partition(".")
+        if way in ("in", "out") and unit == "bytes":
+            found[way, kind] = (counters[f"{way}.{kind}.messages"], size)
+    return found

@@ -239,6 +239,7 @@ class Pages:
             dict(self._pool.evictions),
             (self._store.reloads, self._store.refusals, self._store.problems is None),
             self._profile_memory(),
+            self.mesh.figures() if self.mesh is not None else None,
         )
 
     # Parts.
@@ -268,13 +269,17 @@ class Pages:
         return entry
 
     def status(self, profile: Profile) -> dict[str, Any]:
-        """One of unloaded, queued, loading, loaded, failed."""
+        """One of unloaded, queued, downloading, loading, loaded, failed."""
         states = {i.state for i in self._pool.instances(profile.key)}
         trouble = self._pool.trouble(profile.key)
         if State.READY in states:
             return {"value": "loaded"}
         if State.STARTING in states:
             return {"value": "loading"}
+        if (download := self._pool.weights.progress(profile)) is not None:
+            return {"value": "downloading", **download.document()}
+        if (error := self._pool.weights.failure(profile)) is not None:
+            return {"value": "failed", "exit_code": None, "reason": str(error)}
         if trouble is not None and trouble.exhausted:
             code = trouble.last.exit_code if trouble.last else None
             return {"value": "failed", "exit_code": code}

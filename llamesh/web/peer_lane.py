@@ -13,6 +13,7 @@ from llamesh.telemetry.logs import get_logger
 from llamesh.web.connection import NOISE
 from llamesh.web.lane import Lane
 from llamesh.web.peer_connection import PeerConnection
+from llamesh.web.peer_files import PeerFiles
 
 log = get_logger("mesh")
 
@@ -30,7 +31,10 @@ Administer = Callable[[str, str, bytes], Awaitable[tuple[int, bytes] | None]]
 class PeerLane:
     """Serves connections of peers, whoever dialled."""
 
-    def __init__(self, lane: Lane, mesh: Mesh, administer: Administer) -> None:
+    def __init__(
+        self, lane: Lane, mesh: Mesh, administer: Administer, files: PeerFiles | None = None
+    ) -> None:
+        self.files = files
         self._lane = lane
         self._mesh = mesh
         self._administer = administer
@@ -81,6 +85,7 @@ class PeerLane:
             self._answer,
             idle_seconds=self._idle_seconds,
             on_request=on_request,
+            files=self.files,
         )
         await connection.run()
 

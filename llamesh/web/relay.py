@@ -18,7 +18,6 @@ Rules
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 
@@ -28,28 +27,36 @@ from llamesh.config.settings import Settings
 from llamesh.core.lifecycle import State
 from llamesh.core.offers import encode
 from llamesh.dispatch import Dispatch
-from llamesh.dispatch.lease import AnyLease, Ask, Forward, Lease
-from llamesh.errors import LlameshError, Overloaded, UpstreamError, UpstreamTimeout
+from llamesh.dispatch.lease import AnyLease, Forward, Lease
+from llamesh.dispatch.router import Router
+from llamesh.errors import LlameshError, NoCapacity, UpstreamError, UpstreamTimeout
 from llamesh.net.exchange import Headers, UpstreamBroken, UpstreamConnection
 from llamesh.telemetry.logs import get_logger
-from llamesh.telemetry.recorder import Record
-from llamesh.web.answer import SSE_HEADERS, Job, keepalive, pass_answer, write
+from llamesh.web.answer import SSE_HEADERS, Job, keepalive, note_place, pass_answer, working, write
 from llamesh.web.headers import upstream_request
-from llamesh.web.peer_exchange import PeerRefused, peer_headers, refused
+from llamesh.web.peer_exchange import PeerRefused, heard_attempts, peer_headers, refused
 
 log = get_logger("relay")
 
 # One retry in all: the second failure is the request's own doing more often than not.
 _MAX_BROKEN = 2
 
-# Peers that went away with the request in their hands; it may be what they die of.
-_MAX_LOST = 3
+_MAX_LOST = 3  # peers that went away with the request in their hands; it may be what they die of
 
 # How long a broken instance may take to be reaped, so that its last words are known.
 _REAP_SECONDS = 1.0
 
-# A refusal is read whole, for its message; none is longer.
+# Until its answer begins, a peer says once in one or two seconds what it waits for. One that is silent for
+# longer, in seconds, is cut off from us though its machine may live; nothing shorter can be asked of it.
+_PEER_SILENCE = 15.0
+_PEER_SPEAKS = 3.0
+
+# A refusal is read whole, for its message; none is longer, and it comes in one piece.
 _REFUSAL_BYTES = 65_536
+_REFUSAL_SECONDS = 5.0
+
+# How long a machine may take to wake up.
+_WAKE_SECONDS = 90.0
 
 
 class Relay:
@@ -65,7 +72,8 @@ class Relay:
         self._node_header = settings.node_id.encode()
         self._key_header = settings.auth.required_header.lower().encode()
         self._keepalive = settings.http.stream_keepalive_seconds or math.inf
-        self._silence_ms = settings.upstream_read_timeout_ms
+        silence = self._silence_ms = settings.upstream_read_timeout_ms
+        self._peer_silence = max(_PEER_SPEAKS, silence / 1000) if silence else _PEER_SILENCE
         self._duration_ms = settings.model_defaults.max_request_duration_ms
 
     async def run(self, job: Job) -> None:
@@ -106,19 +114,21 @@ class Relay:
             if lease is None:
                 try:
                     lease = await self._wait_for_turn(job)
-                except Overloaded as error:
+                except NoCapacity as error:
                     # The peer's own word is nearer to the cause than ours that nobody else is left.
                     raise refusal or error from None
             outcome.queued_seconds += lease.queued_seconds
             outcome.instance = lease.place
-            _note_place(outcome.record, lease)
+            note_place(outcome.record, lease)
             try:
                 await self._exchange(lease, job)
                 return
             except PeerRefused as error:
                 refusal = error.face
                 job.exclude(error.node)
+                outcome.retries += (refusal.type,)
                 outcome.record.note_try(f"node {error.node} refused it: {refusal.message}")
+                job.broken = max(job.broken, error.broken)
                 log.info("peer refused", request_id=job.ask.request_id, peer=error.node, error=refusal.type)
             except UpstreamBroken as error:
                 if isinstance(lease, Lease):
@@ -132,32 +142,41 @@ class Relay:
         """Wait in the queue; a stream hears after a while, and again and again, what it waits for."""
         ask = job.ask
         # A peer hears it in interim responses (see web.peer_connection) and keeps its client company itself.
-        every = self._keepalive if ask.streams and not ask.travel.origin else math.inf
+        every = self._keepalive if self._comments(job) else math.inf
         with self._dispatch.join(ask, admitted=job.outcome.attempts > 1) as ticket:
             job.inbound.waiting_for = lambda: ticket.waiting_for
             while True:
                 lease = await ticket.wait(every)
                 if lease is not None:
+                    job.inbound.waiting_for = working
                     return lease
                 await self._say_what_for(job, ticket.waiting_for)
 
+    @staticmethod
+    def _comments(job: Job) -> bool:
+        """Whether the client hears what it waits for."""
+        return job.ask.streams and not job.ask.travel.origin
+
     async def _say_what_for(self, job: Job, text: str) -> None:
+        job.spoke = trio.current_time()
         if not job.sink.started:
             job.sink.start(200, [*SSE_HEADERS, *self._own_headers(job, None, [])], length=None)
         await write(job.sink, keepalive(job.route, text))
 
     async def _exchange(self, lease: AnyLease, job: Job) -> None:
         connection: UpstreamConnection | None = None
-        complete = working = False
+        complete = False
+        under_way = isinstance(lease, Forward)  # of an instance's slot it is asked later what became of it
         try:
+            if isinstance(lease, Forward) and lease.seat.asleep:
+                await self._wake(lease, job)
             # A peer's connections don't break with one of its instances, so those at hand will do.
             fresh = job.outcome.attempts > 1 and isinstance(lease, Lease)
             connection = await lease.connect(fresh=fresh)
             request = self._request(lease, job)
-            parts = job.inbound.body.parts()
-            working = True
+            under_way = True
             try:
-                await self._ask(connection, request, parts, lease, job)
+                await self._ask(connection, request, lease, job)
             except UpstreamBroken as error:
                 if error.started or not connection.served:
                     raise
@@ -165,53 +184,71 @@ class Relay:
                 connection.close()
                 connection = None
                 connection = await lease.connect(fresh=True)
-                await self._ask(connection, request, parts, lease, job)
+                await self._ask(connection, request, lease, job)
             while not connection.response.has_head:
                 await self._await_head(connection, lease, job)
             if isinstance(lease, Forward):
                 await self._take_refusal(connection, lease, job)
             headers = self._own_headers(job, lease, connection.response.headers)
             # For each piece of a stream: nothing between it and the read that isn't needed.
-            read = partial(self._read, connection, lease, job) if self._silence_ms else connection.read
+            read = partial(self._read, connection, job) if self._silence_ms else connection.read
             await pass_answer(connection, job, headers, read)
             complete = True
         except PeerRefused:
             complete = True
             raise
         except UpstreamBroken:
-            working = False
+            under_way = False
             raise
         finally:
             if connection is not None:
                 connection.on_interim = None
-            lease.release(connection, complete=complete, working=working)
-            if complete and isinstance(lease, Lease):
-                self._learn(lease, job)
+            lease.release(connection, complete=complete, working=under_way)
+            if complete and self._dispatch.router is not None and isinstance(lease, Lease):
+                self._learn(self._dispatch.router, lease, job)
 
-    async def _ask(
-        self,
-        connection: UpstreamConnection,
-        request: bytes,
-        parts: Sequence[bytes | memoryview],
-        lease: AnyLease,
-        job: Job,
-    ) -> None:
+    async def _wake(self, lease: Forward, job: Job) -> None:
+        """Wait for a sleeping machine. A client that streams hears so now and then."""
+        job.inbound.waiting_for = partial("waking node {}".format, lease.node)
+        until = trio.current_time() + _WAKE_SECONDS
+        while lease.seat.asleep:
+            with trio.move_on_at(min(until, job.spoke + self._keepalive if self._comments(job) else until)):
+                await lease.seat.wake()
+                return
+            if trio.current_time() >= until:
+                raise UpstreamBroken(
+                    f"node {lease.node} didn't wake within {_WAKE_SECONDS:g} s", started=False
+                )
+            await self._say_what_for(job, job.inbound.waiting_for())
+
+    async def _ask(self, connection: UpstreamConnection, request: bytes, lease: AnyLease, job: Job) -> None:
+        parts = job.inbound.body.parts()
         if isinstance(lease, Forward):
-            node = lease.node
-            job.inbound.waiting_for = lambda: f"waiting for node {node}"
+            job.inbound.waiting_for = partial("waiting for node {}".format, lease.node)
             connection.on_interim = job.hear_progress
+            lease.sent = True
+            await connection.send(request, parts)
+            job.heard = trio.current_time()
+            await self._await_head(connection, lease, job)
+            return
         await connection.send(request, parts)
-        await self._await_head(connection, lease, job)
+        # No frame more than needed: this is the hot path.
+        await (self._read(connection, job) if self._silence_ms else connection.read())
 
     async def _await_head(self, connection: UpstreamConnection, lease: AnyLease, job: Job) -> None:
         """One read before the answer begins. A client that streams hears what a peer is waiting for."""
-        if isinstance(lease, Lease) or not job.ask.streams or job.ask.travel.origin:
-            await self._read(connection, lease, job)
+        if isinstance(lease, Lease):
+            await self._read(connection, job)
             return
-        with trio.move_on_after(max(0.0, job.spoke + self._keepalive - trio.current_time())) as scope:
-            await self._read(connection, lease, job)
+        # The peer's silence goes on while we speak.
+        silent_at = job.heard + self._peer_silence
+        speak_at = job.spoke + self._keepalive if self._comments(job) else math.inf
+        with trio.move_on_at(min(silent_at, speak_at)) as scope:
+            await connection.read()
+            job.heard = trio.current_time()
         if scope.cancelled_caught:
-            job.spoke = trio.current_time()
+            if trio.current_time() >= silent_at:
+                raise UpstreamBroken(f"said nothing for {self._peer_silence:g} s", started=True)
             await self._say_what_for(job, job.inbound.waiting_for())
 
     async def _take_refusal(self, connection: UpstreamConnection, lease: Forward, job: Job) -> None:
@@ -224,14 +261,15 @@ class Relay:
         if not kind:
             return
         body = response.take()
-        while not response.complete and len(body) < _REFUSAL_BYTES:
-            await self._read(connection, lease, job)
-            body += response.take()
+        with trio.move_on_after(_REFUSAL_SECONDS):
+            while not response.complete and len(body) < _REFUSAL_BYTES:
+                await connection.read()
+                body += response.take()
         if not response.complete:
             raise UpstreamBroken("a refusal without end", started=True)
-        raise PeerRefused(lease.node, kind, body)
+        raise PeerRefused(lease.node, kind, body, heard_attempts(response.headers))
 
-    async def _read(self, connection: UpstreamConnection, lease: AnyLease, job: Job) -> None:
+    async def _read(self, connection: UpstreamConnection, job: Job) -> None:
         if not self._silence_ms:
             await connection.read()
             return
@@ -239,9 +277,7 @@ class Relay:
             await connection.read()
         if scope.cancelled_caught:
             what = f"was silent for upstream_read_timeout_ms ({self._silence_ms} ms)"
-            # Another peer may answer; another instance of ours would be as silent.
-            if connection.response.has_head or isinstance(lease, Lease):
-                self._too_late(what, job)
+            self._too_late(what, job)
             raise UpstreamBroken(what, started=True)
 
     async def _after_break(self, error: UpstreamBroken, lease: Lease, job: Job) -> None:
@@ -267,7 +303,8 @@ class Relay:
 
     def _after_loss(self, error: UpstreamBroken, lease: Forward, job: Job) -> None:
         """The same for a peer."""
-        job.lost += 1
+        job.lost += lease.sent
+        job.outcome.retries += ("lost",)
         job.outcome.record.note_try(f"node {lease.node} was lost: {error}")
         log.warning("peer lost", request_id=job.ask.request_id, peer=lease.node, error=str(error))
         if self._cut(job):
@@ -278,7 +315,7 @@ class Relay:
                 f"{lease.node}: {error}",
                 param="model",
             ) from error
-        job.exclude(lease.node)
+        job.avoid(lease.seat.first_hop, had_it=lease.sent)
 
     @staticmethod
     def _cut(job: Job) -> bool:
@@ -304,6 +341,8 @@ class Relay:
                 attempt=job.broken,
                 max_wait_ms=lease.max_wait_ms,
                 deadline_ms=left,
+                model=lease.seat.model,
+                fingerprint=lease.fingerprint,
             )
             more = peer_headers(travel)
         return upstream_request(
@@ -342,22 +381,20 @@ class Relay:
             (b"x-llamesh-affinity", affinity),
         ]
         if ask.travel.origin:
-            headers.append((b"x-llamesh-load", self._load(ask)))
+            headers += self.news(job)
         return headers
 
-    def _load(self, ask: Ask) -> bytes:
-        router = self._dispatch.router
-        return encode(router.situation(ask.profile.key, ask.travel.origin)) if router is not None else b"{}"
+    def news(self, job: Job) -> Headers:
+        """What a peer is told with an answer: how busy the profile is here, and what broke on its request."""
+        router, ask = self._dispatch.router, job.ask
+        if router is None:
+            return []
+        load = encode(router.situation(ask.profile.key, ask.travel.origin))
+        return [(b"x-llamesh-load", load), (b"x-llamesh-attempt", b"%d" % job.broken)]
 
-    def _learn(self, lease: Lease, job: Job) -> None:
-        if self._dispatch.router is not None:
+    @staticmethod
+    def _learn(router: Router, lease: Lease, job: Job) -> None:
+        # What was refused says nothing of how long answers take.
+        if job.outcome.status < 400:
             seconds = trio.current_time() - lease.since
-            self._dispatch.router.learn(job.ask, job.outcome.usage, seconds, lease.instance.busy_slots)
-
-
-def _note_place(record: Record, lease: AnyLease) -> None:
-    """For people: where the request is now."""
-    if isinstance(lease, Lease):
-        record.phase, record.instance, record.peer = "prefill", lease.instance.id, ""
-    else:
-        record.phase, record.instance, record.peer = "forwarded", "", lease.node
+            router.learn(job.ask, job.outcome.usage, seconds, lease.instance.busy_slots)

@@ -15,6 +15,7 @@ from llamesh.config.cookbook import (
     HubFile,
     ModelPath,
     Profile,
+    UrlFile,
     load_cookbook,
 )
 from llamesh.config.problems import ConfigError
@@ -99,6 +100,8 @@ def test_sources(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert one(tmp_path, "model_path: ~/m.gguf").source == ModelPath("/home/someone/m.gguf")
     assert one(tmp_path, "model_path: sub/m.gguf").source == ModelPath(str(tmp_path / "sub/m.gguf"))
     assert one(tmp_path, "hf_repo: a/b").source == HubFile("a/b", None)
+    web = one(tmp_path, f"url: 'https://x.example/m.gguf', sha256: {'AB' * 32}")
+    assert web.source == UrlFile("https://x.example/m.gguf", "ab" * 32)
     found = one(tmp_path, "llama_server_args: -c 1 -hf a/b:Q8_0 -ngl 9")
     assert found.source == FromArguments("-hf", "a/b:Q8_0")
     assert found.arguments == ("-c", "1", "-hf", "a/b:Q8_0", "-ngl", "9")

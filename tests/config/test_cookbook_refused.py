@@ -9,7 +9,7 @@ import pytest
 from llamesh.config.cookbook import load_cookbook
 from llamesh.config.problems import ConfigError
 
-ONE_SOURCE = "one of model_path, hf_repo, or a model flag (-m, -hf, ...) in llama_server_args"
+ONE_SOURCE = "one of model_path, hf_repo, url, or a model flag (-m, -hf, ...) in llama_server_args"
 ONCE = "each name or alias once, upper and lower case being the same"
 ONE_PROFILE = "at least one, usually with `id: default`"
 
@@ -120,6 +120,41 @@ REFUSALS = [
         in_profile("hf_repo: just-a-name"),
         f"5: {P}.hf_repo: not a repository: 'just-a-name'",
         "owner/name, or owner/name:quantisation",
+    ),
+    (
+        in_profile("hf_repo: ../b"),
+        f"5: {P}.hf_repo: not a repository: '../b'",
+        "owner/name, or owner/name:quantisation",
+    ),
+    (
+        in_profile("hf_repo: a/b:../c"),
+        f"5: {P}.hf_repo: not a quantisation: '../c'",
+        "such as owner/name:Q4_K_M",
+    ),
+    (
+        in_profile(f"url: http://example.org/m.gguf\nsha256: {'a' * 64}"),
+        f"5: {P}.url: the address isn't https: 'http://example.org/m.gguf'",
+        "such as https://example.org/models/name.gguf",
+    ),
+    (
+        in_profile("url: https://example.org/m.gguf"),
+        f"5: {P}.url: has no sha256 beside it",
+        "`sha256:` and what `sha256sum FILE` prints",
+    ),
+    (
+        in_profile("url: https://example.org/m.gguf\nsha256: abc"),
+        f"6: {P}.sha256: not a SHA-256: 'abc'",
+        "64 hexadecimal digits, as `sha256sum` prints them",
+    ),
+    (
+        in_profile(f"model_path: /m\nsha256: {'a' * 64}"),
+        f"6: {P}.sha256: has no url beside it",
+        "`url: https://...`; the hub has its own",
+    ),
+    (
+        in_profile(f"hf_repo: a/b\nurl: https://example.org/m.gguf\nsha256: {'a' * 64}"),
+        f"4: {P}: names the model more than once: hf_repo and url",
+        "keep one of them",
     ),
     (
         in_profile("hf_repo: a/b\nhf_file: ../f.gguf"),

@@ -64,7 +64,7 @@ def test_the_cookbook_example_shows_the_defaults() -> None:
     defaults = ProfileEntry(id="long").model_dump(exclude=own)
     shown = {key: value for key, value in profile.items() if key not in own}
     assert shown == {key: defaults[key] for key in shown}
-    assert set(defaults) - set(shown) <= {"hf_repo", "hf_file"}
+    assert set(defaults) - set(shown) <= {"hf_repo", "hf_file", "url", "sha256"}
 
 
 def test_each_key_is_explained_near_by() -> None:

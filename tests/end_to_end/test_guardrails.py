@@ -309,9 +309,9 @@ def test_times() -> None:
 
 async def test_switches_without_effect_are_named(tmp_path: Path) -> None:
     assert without_effect(Settings()) == ()
-    on = Settings.model_validate({"cluster": {"enabled": True}, "llama_cpp": {"enabled": True}})
-    assert without_effect(on) == ("cluster.enabled", "llama_cpp.enabled")
-    switches = {"cluster": {"enabled": True}, "public_url": "http://example.org:1"}
+    off = {"cluster": {"noise": {"enabled": False}}}
+    assert without_effect(Settings.model_validate(off)) == ("cluster.noise.enabled",)
+    switches = {**off, "public_url": "http://example.org:1"}
     async with running_node(tmp_path, {"models": []}, switches) as node:
         warning = await node.wait_event("without effect in this version")
         assert (warning["level"], warning["settings"]) == ("warning", ["cluster.enabled"])

@@ -129,7 +129,7 @@ async def test_a_missing_model_file_starts_nothing(tmp_path: Path) -> None:
 
 async def test_an_engine_that_went_away(tmp_path: Path) -> None:
     async with local(tmp_path) as here:
-        here.pool.engine = dataclasses.replace(here.pool.engine, command=(str(tmp_path / "gone"),))
+        here.pool.start_with(dataclasses.replace(here.pool.engine, command=(str(tmp_path / "gone"),)))
         instance = here.pool.spawn(fake(tmp_path))
         await here.until(lambda: instance.state is State.GONE, "gone")
         assert "can't start" in str(instance.failure)

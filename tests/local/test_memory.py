@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import threading
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -62,6 +63,7 @@ class Stub:
     created: float = -1000.0
     ready_after: float = 1.0
     context: int | None = None
+    engine: Engine = ENGINE
     launch: Launch = field(init=False)
 
     def __post_init__(self) -> None:
@@ -286,6 +288,18 @@ async def test_peaks_are_learned_from_those_that_have_settled(tmp_path: Path) ->
         await house.see(gpu(vram, (7, vram)), instances=(settled,), used_by={7: sysmem})
     [peak] = house.learned.peaks.values()
     assert (peak.vram_mb, peak.sysmem_mb) == (1500, 30)
+
+
+async def test_a_peak_belongs_to_the_engine_that_it_was_seen_on(tmp_path: Path) -> None:
+    """While the node moves to another one, instances of both run."""
+    house = House(tmp_path)
+    new = dataclasses.replace(ENGINE, version="b2")
+    house.memory.use_engine(new)
+    for engine, vram in ((ENGINE, 1500), (new, 900)):
+        one = instance("-c", "512", engine=engine)
+        await house.see(gpu(vram, (7, vram)), instances=(one,), used_by={7: 30})
+    seen = {key.split("\x1f")[0]: peak.vram_mb for key, peak in house.learned.peaks.items()}
+    assert seen == {"b1": 1500, "b2": 900}
 
 
 async def test_a_reduced_context_has_a_peak_of_its_own(tmp_path: Path) -> None:

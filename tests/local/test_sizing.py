@@ -128,12 +128,26 @@ async def test_peaks_belong_to_the_exact_arguments_and_engine(tmp_path: Path, ti
         recipe(tiny_model.with_name("other.gguf"), "-c", "1024", "-np", "2"),
     ):
         assert (await house.look(other)).source != "measured"
-    for engine, devices in ((dataclasses.replace(SERVER, version="b2"), ()), (SERVER, (GPU,))):
+    others = ((dataclasses.replace(SERVER, version="b2"), ()), (SERVER, (GPU,)))
+    # Of one commit, with other arguments of cmake.
+    for engine, devices in (*others, (dataclasses.replace(SERVER, build="b1-cuda"), ())):
         elsewhere = House(tmp_path, engine, devices=devices)
         elsewhere.learned.peaks = house.learned.peaks
         assert (await elsewhere.look(profile)).source == "estimate"
     # A new name for the same thing is the same thing.
     assert (await house.look(dataclasses.replace(profile, model="n"))).source == "measured"
+
+
+async def test_with_another_engine_it_is_looked_anew(tmp_path: Path, tiny_model: Path) -> None:
+    house, profile = House(tmp_path), recipe(tiny_model, "-c", "1024", "-np", "2")
+    house.learn(profile, 1, 222)
+    assert (await house.look(profile)).source == "measured"
+    new = dataclasses.replace(SERVER, version="b2")
+    house.sizing.use_engine(new)
+    assert (await house.look(profile)).source == "estimate"
+    # What still runs on the old one is learned under its name.
+    old, now = (house.sizing.argument_key(profile, None, (), engine) for engine in (SERVER, new))
+    assert old != now == house.sizing.argument_key(profile, None, ())
 
 
 def test_no_secret_in_the_name_of_a_peak(tmp_path: Path) -> None:
@@ -321,3 +335,56 @@ async def test_two_profiles_of_one_file_at_the_same_time(tmp_path: Path, tiny_mo
         for profile in profiles:
             nursery.start_soon(house.look, profile)
     assert {size.source for profile in profiles if (size := house.of(profile))} == {"estimate"}
+
+
+async def test_a_file_that_hangs_is_unreachable_until_it_answers(
+    tmp_path: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "_LOOK_SECONDS", 0.05)
+    path = tmp_path / "hanging.gguf"
+    shutil.copy(tiny_model, path)
+    mount = Hanging()
+    house, profile = House(tmp_path, headers=mount), recipe(path)
+    try:
+        assert f"{path} doesn't answer" in (await house.look(profile)).unreachable
+        assert (await house.look(recipe(tiny_model))).unreachable == ""
+    finally:
+        mount.free.set()
+    with trio.fail_after(20):
+        while house.sizing._hangs(str(path)):
+            await trio.sleep(0.005)
+    assert house.of(profile) is None, "it isn't looked at again"
+    monkeypatch.setattr(module, "_LOOK_SECONDS", 10.0)
+    size = await house.look(profile)
+    assert (size.source, size.unreachable) == ("estimate", "")
+
+
+async def test_a_mount_that_goes_away_makes_what_was_known_unreachable(
+    tmp_path: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "m.gguf"
+    shutil.copy(tiny_model, path)
+    house, profile = House(tmp_path), recipe(path)
+    assert (await house.look(profile)).source == "estimate"
+    away, real = threading.Event(), module._stamp
+
+    def stamp(name: str) -> module.Stamp | None:
+        away.wait(60)
+        return real(name)
+
+    monkeypatch.setattr(module, "_stamp", stamp)
+    monkeypatch.setattr(module, "_LOOK_SECONDS", 0.05)
+    try:
+        await house.sizing.forget_replaced()
+        size = house.of(profile)
+        assert size is not None
+        assert size.unreachable
+        assert size.source == "estimate"
+    finally:
+        away.set()
+    with trio.fail_after(20):
+        while house.sizing._hangs(str(path)):
+            await trio.sleep(0.005)
+    size = house.of(profile)
+    assert size is not None
+    assert size.unreachable == ""

@@ -97,6 +97,7 @@ MESSAGE = Initiator(b"\x01" * 32, b"t" * 32).start()
         ("dialler", b"\xff\x00\x01\x07", "garbage"),
         ("dialler", b"\xff\x00", "protocol"),
     ],
+    ids=lambda value: len(value) if isinstance(value, bytes) else value,  # some of the bytes are random
 )  # fmt: skip
 async def test_garbage(role: str, said: bytes, reason: str) -> None:
     error, heard = await meet(role, said)
@@ -215,7 +216,7 @@ async def test_a_replayed_dialler_is_not_believed() -> None:
 
 
 @pytest.mark.parametrize("role", ["dialler", "acceptor"])
-@pytest.mark.parametrize("said", [b"", MESSAGE[:1], MESSAGE[:30], MESSAGE])
+@pytest.mark.parametrize("said", [b"", MESSAGE[:1], MESSAGE[:30], MESSAGE], ids=len)
 async def test_silence_ends_in_time(autojump_clock: trio.testing.MockClock, role: str, said: bytes) -> None:
     near, far = tcp_pair()
     started = trio.current_time()

@@ -29,7 +29,7 @@ import httpx
 import trio
 
 from tests.support.chats import Answer, Talk, read_answer, reading
-from tests.support.netns import Network
+from tests.support.netns import Host, Network
 from tests.support.node import PATIENCE_SECONDS, POLL_SECONDS, Node, overlay, prepare, wait_until
 from tests.support.tap import Tap
 
@@ -231,14 +231,16 @@ class Mesh:
             await self._wait(self[name], rid, f"is rid of {sorted(gone)}")
 
     async def wait_listed(self, model: str, *, at: str, by: str | None) -> dict[str, Any]:
-        """Wait until `at` lists a model as that of node `by` (None: until it lists it no more); the entry."""
+        """Wait until `at` lists a model that node `by` has (None: until it lists it no more); the entry."""
         entries: dict[str, Any] = {}
 
         async def listed(member: Member) -> bool:
             entries.clear()
             entries.update(await member.models())
             entry = entries.get(model)
-            return entry is None if by is None else entry is not None and entry["owned_by"] == by
+            if entry is None or by is None:
+                return entry is None and by is None
+            return by in (entry["owned_by"], *entry["metadata"].get("nodes", ()))
 
         await self._wait(self[at], listed, f"lists {model} of {by}")
         entry: dict[str, Any] = entries.get(model, {})
@@ -355,10 +357,17 @@ def _place(name: str, net: Network | None, stack: contextlib.AsyncExitStack) -> 
         return Place(address, address)
     host = net[name]
     # To the node a request of the test comes from its own loopback, so it may administer.
-    door = stack.enter_context(Tap(connect=lambda: host.connect(NETWORK_PORT)))
+    door = stack.enter_context(Tap(connect=lambda: _knock(host)))
     return Place(
         f"0.0.0.0:{NETWORK_PORT}", f"{host.ip}:{NETWORK_PORT}", host.prefix, f"http://{door.address}"
     )
+
+
+def _knock(host: Host) -> socket.socket:
+    try:
+        return host.connect(NETWORK_PORT)
+    except OSError:
+        return host.connect(NETWORK_PORT, "::1")
 
 
 async def _close(mesh: Mesh) -> None:

@@ -38,7 +38,15 @@ POLL_SECONDS = 0.01
 class Node:
     """A running node. `events` grows as the node logs; `errors` are the lines of its stderr."""
 
-    def __init__(self, command: Sequence[str], directory: Path, environment: Mapping[str, str]) -> None:
+    def __init__(
+        self,
+        command: Sequence[str],
+        directory: Path,
+        environment: Mapping[str, str],
+        *,
+        pass_fds: Sequence[int] = (),
+    ) -> None:
+        """`pass_fds`: descriptors of ours that it gets under the same numbers."""
         self.directory = directory
         self.events: list[dict[str, Any]] = []
         self.errors: list[str] = []
@@ -57,6 +65,7 @@ class Node:
             encoding="utf-8",
             errors="replace",
             start_new_session=True,
+            pass_fds=pass_fds,
         )
         self.pid = self._popen.pid
         # Threads, not tasks: they need no nursery, so a failing test raises its own plain exception.

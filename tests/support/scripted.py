@@ -23,8 +23,8 @@ from llamesh.config.settings import Settings
 from llamesh.core.capacity import Budget, Need
 from llamesh.core.lifecycle import State
 from llamesh.dispatch import Dispatch
-from llamesh.errors import LlameshError
 from llamesh.dispatch.lease import Ask, Lease
+from llamesh.errors import LlameshError
 from llamesh.local.failure import Failure
 from llamesh.local.instance import Instance
 from llamesh.local.keeper import Keeper
@@ -36,6 +36,7 @@ from llamesh.local.ports import Ports
 from llamesh.local.process import Child
 from llamesh.local.sizing import Size
 from llamesh.local.startup import Progress
+from llamesh.local.weights import Weights
 from llamesh.telemetry.learned import LearnedValues
 from llamesh.telemetry.stats import NodeStats
 
@@ -172,6 +173,9 @@ class FakeMemory(Memory):
     def forget(self, profile: Profile) -> None:
         self._looked.discard(profile.key)
 
+    def use_engine(self, engine: Engine) -> None:
+        pass
+
     def budget(self) -> Budget:
         return Budget(
             self._current.settings.max_instances_per_node,
@@ -282,11 +286,12 @@ async def world(
     sysmem: int | None = None,
     cookbook: Iterable[Profile] = (),
     instance_type: type[Scripted] = Scripted,
+    weights: Callable[[Current], Weights] | None = None,
     **settings: Any,
 ) -> AsyncIterator[World]:
     """A running pool with a dispatcher; `plays` by model name. At the end everything is free again."""
     stage = Stage({f"{name}:default": list(several) for name, several in (plays or {}).items()})
-    current = Current(Settings(node_id="node-a", **settings), Cookbook(tuple(cookbook), {}))
+    current = Current(Settings(**{"node_id": "node-a", **settings}), Cookbook(tuple(cookbook), {}))
     memory = FakeMemory(current, vram, sysmem)
     stats, learned = NodeStats(), LearnedValues(Path(os.devnull))
     ports = ports or Ports(None)
@@ -298,6 +303,7 @@ async def world(
         stats,
         learned,
         memory,
+        weights(current) if weights is not None else None,
         instance_type=type("Staged", (instance_type,), {"stage": stage}),
     )
     dispatch = Dispatch(current, pool, learned)

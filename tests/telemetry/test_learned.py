@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -33,6 +34,26 @@ def test_a_round_trip(path: Path) -> None:
     values.save()
     assert loaded(path).profiles == {"m:default": Learned(n_ctx=4096, load_seconds=1.5), "n:fast": Learned()}
     assert [entry.name for entry in path.parent.iterdir()] == [path.name]
+
+
+@dataclass
+class Says:
+    n_ctx: int = 0
+    n_ctx_slot: int = 0
+    n_ctx_train: int = 0
+
+
+def test_an_engine_s_silence_leaves_its_own_words_only() -> None:
+    learned = Learned()
+    learned.note_start("one", Says(4096, 2048, 8192), 2, 1.25)
+    assert (learned.n_ctx, learned.context_length, learned.n_ctx_train) == (4096, 2048, 8192)
+    learned.note_start("one", Says(), 3, 1.0)
+    assert (learned.n_ctx, learned.n_slots, learned.load_seconds) == (4096, 3, 1.0)
+    assert (learned.slots_on("one"), learned.slots_on("two")) == (3, 0)
+    learned.note_start("two", Says(1024), 1, 2.0)
+    assert (learned.n_ctx, learned.context_length, learned.n_ctx_train) == (1024, 0, 0)
+    # From before there were engines in the file.
+    assert Learned(n_slots=4).slots_on("any") == 4
 
 
 @given(

@@ -16,7 +16,7 @@ def scrape(stats: NodeStats, gauges: Gauges | None = None) -> Samples:
     """Every sample by name and sorted labels."""
     now = gauges or Gauges({}, {}, ready=True)
     registry = CollectorRegistry()
-    registry.register(NodeCollector(stats, lambda: now, {"version": "1.2", "node": 'a "quoted" one'}))
+    registry.register(NodeCollector(stats, lambda: now, lambda: {"version": "1.2", "node": 'a "quoted" one'}))
     text = generate_latest(registry).decode()
     samples: Samples = {}
     for family in text_string_to_metric_families(text):

@@ -30,6 +30,7 @@ from typing import Annotated, Any
 import msgspec
 
 from llamesh.core.membership.digest import BUCKET_HEX, MAX_BITS
+from llamesh.core.membership.options import MAX_STEPS
 from llamesh.core.membership.records import Entry, Life, Rank
 
 FORMAT = 1
@@ -135,7 +136,7 @@ class Message(msgspec.Struct, omit_defaults=True, kw_only=True):
     """See the module. What is None or empty isn't sent."""
 
     v: int
-    s: Annotated[int, msgspec.Meta(ge=0, le=1000)] = 0
+    s: Annotated[int, msgspec.Meta(ge=0, le=MAX_STEPS)] = 0
     me: Me
     you: You | None = None
     lives: list[LifeOf] = []

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+MAX_STEPS = 1000  # of one exchange, whatever is chosen
+
 
 @dataclass(frozen=True, slots=True)
 class Options:
@@ -44,5 +46,5 @@ class Options:
         if not 4096 <= self.message_budget <= 512 << 10:
             raise ValueError("message_budget must be from 4 KiB to 512 KiB")
         # The first step says hello, the last is cut off: fewer than four can't carry a delta back.
-        if self.max_steps < 4:
-            raise ValueError("max_steps must be 4 or more")
+        if not 4 <= self.max_steps <= MAX_STEPS:
+            raise ValueError(f"max_steps must be from 4 to {MAX_STEPS}")

@@ -108,7 +108,7 @@ class View:
         if life.rank is Rank.SUSPECT:
             # An opinion: passed on, so that the suspect hears of it.
             same = (epoch, incarnation) == (record.life.epoch, record.life.incarnation)
-            if same and not record.life.gone and not self.detector.fresh(node_id, self.round):
+            if same and not self.detector.fresh(node_id, self.round):
                 self.rumours.add(node_id, life)
         elif life.rank is Rank.DEAD and not record.life.gone:
             few = self.detector.accused < CLAIMS_PASSED_ON

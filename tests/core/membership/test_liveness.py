@@ -160,12 +160,22 @@ def test_a_death_that_one_hears_of_is_believed_when_ones_own_probe_fails() -> No
     assert bench.here.take_events() == [Died("a")]
 
 
-def test_one_who_is_called_dead_and_answers_is_told() -> None:
+def test_a_death_may_be_of_a_later_incarnation_than_the_one_we_know() -> None:
     bench = Bench(*"abcde")
     for _ in range(4):
         bench.round()
-    bench.tell("b", lives=[["a", 5, 0, 2]])
+    bench.tell("b", lives=[["a", 5, 3, 2]])
     bench.round()
+    bench.fail("a")
+    assert (bench.status("a"), bench.here.members()["a"].incarnation) == ("dead", 3)
+
+
+def test_one_who_is_called_dead_and_answers_is_told() -> None:
+    bench = Bench("a", *(f"n{number}" for number in range(40)))
+    for _ in range(4):
+        bench.round()
+    bench.tell("n1", lives=[["a", 5, 0, 2]])
+    assert "a" in bench.round().probes
     bench.here.probe_result("a", True, bench.now)
     told = [json.loads(message) for name, message in bench.round().gossip if name == "a"]
     assert [one["you"] for one in told] == [[5, 0, 2]]
@@ -179,10 +189,12 @@ def test_one_who_answered_just_now_is_told_without_another_probe() -> None:
     bench.round()
     bench.here.probe_result("a", True, bench.now)
     bench.tell("b", lives=[["a", 5, 0, 2]])
-    assert bench.tell("a")["you"] == [5, 0, 2]
-    bench.round()
+    work = bench.round()
     bench.fail("a")
     assert bench.status("a") == "suspect"
+    messages = {name: json.loads(message) for name, message in work.gossip}
+    assert messages["a"]["you"] == [5, 0, 2]
+    assert not any("lives" in message for message in messages.values())
 
 
 def test_many_deaths_at_once_are_checked_before_they_are_passed_on() -> None:
@@ -203,9 +215,16 @@ def test_the_dead_come_back_by_their_own_word_only() -> None:
     bench.fail("a")
     bench.here.take_events()
     bench.tell("b", deltas=[["a", 5, 0, 0, 0, 9, [["k", 9, 2]]]])
+    while bench.tell("b").get("lives"):
+        pass  # until it isn't a rumour any more
     reply = bench.tell("b", bits=0, buckets=[0], digests=[["a", 5, 0, 9], ["b", 5, 0, 2]])
     assert ["a", 5, 0, 2] in reply["lives"]
     assert bench.status("a") == "dead"
+    # Nor does it go to somebody who doesn't know it, as if it lived.
+    assert "deltas" not in bench.tell("b", want=[["a", 5, 0]])
+    assert "deltas" not in bench.tell(
+        "b", bits=0, buckets=[0], digests=[["b", 5, 0, 2], ["c", 5, 0, 2], ["me", 1000, 0, 1]]
+    )
     # It hears of it ...
     assert bench.tell("a")["you"] == [5, 0, 2]
     assert bench.status("a") == "dead"
@@ -214,6 +233,18 @@ def test_the_dead_come_back_by_their_own_word_only() -> None:
     assert bench.status("a") == "alive"
     assert bench.here.take_events() == [Recovered("a")]
     assert bench.here.members()["a"].state == {"k": b"2"}
+
+
+def test_who_came_back_is_not_forgotten_with_its_tombstone() -> None:
+    bench = Bench(*"abc", options=Options(suspect_rounds=1, tombstone_seconds=5))
+    bench.round()
+    bench.fail("a")
+    bench.here.take_events()
+    bench.tell("a", (5, 1))
+    assert bench.here.take_events() == [Recovered("a")]
+    for _ in range(10):
+        bench.round()
+    assert bench.status("a") == "alive"
 
 
 def test_a_new_life_of_the_dead_comes_with_its_state() -> None:
@@ -248,7 +279,7 @@ def test_who_slept_blames_nobody(gap: float) -> None:
         bench.round()
     bench.fail("c")
     assert bench.status("c") == "dead"
-    bench.here.take_events()
+    bench.tell("b")
     # Probes from before end badly, before and after the round that finds out.
     bench.now += gap
     assert bench.here.probe_result("b", False, bench.now) == ()
@@ -258,9 +289,10 @@ def test_who_slept_blames_nobody(gap: float) -> None:
     assert bench.status("a") == bench.status("b") == "alive"
     # The tombstone didn't age by more than a round.
     assert bench.status("c") == "dead"
-    for _ in range(2):
-        bench.round()
-        bench.fail("b")
+    # What was heard before is old by now.
+    bench.tell("a", lives=[["b", 5, 0, 2]])
+    bench.round()
+    bench.fail("b")
     assert bench.status("b") == "dead"
 
 

@@ -121,6 +121,10 @@ def test_what_others_say_of_us_is_outdone(said: tuple[int, int, int], now: tuple
         assert tuple(reply["me"][:2]) == now, way
         assert here.members()["me"].status == "alive"
         assert here.members()["me"].state == {"x": b"1"}
+        # Everybody hears of it, not only the one who spoke.
+        [message] = [json.loads(one) for _, one in here.start_round(0.0).gossip]
+        told = [one for one in message.get("lives", []) if one[0] == "me"]
+        assert bool(told) is (now[1] > 0)
         contested = [event for event in here.take_events() if isinstance(event, Contested)]
         assert contested == ([Contested("me", epoch)] if now[0] > 1000 else [])
 
@@ -144,6 +148,36 @@ def test_a_refutation_is_said_at_once_within_the_exchange() -> None:
     assert other.members()["a"].status == "alive"
     assert other.members()["a"].incarnation == 1
     assert one.root == other.root
+
+
+def test_who_refutes_has_a_message_more_even_when_nothing_else_differs() -> None:
+    one, other = member("a"), member("b")
+    exchange(one, other)
+    tell(other, "c", lives=[["a", 1000, 0, 2]])
+    assert exchange(one, other) == 4
+    assert other.members()["a"].incarnation == 1
+    assert one.root == other.root
+
+
+def test_who_knows_an_earlier_life_gets_the_present_one_from_the_beginning() -> None:
+    here = member()
+    here.set("x", b"1")
+    here.set("y", b"2")
+    for want, keys in (([900, 9], ["x", "y"]), ([1000, 2], ["y"]), ([1000, 0], ["x", "y"])):
+        [delta] = tell(here, want=[["me", *want]])["deltas"]
+        assert [write[0] for write in delta[6]] == keys
+    assert "deltas" not in tell(here, want=[["me", 1001, 0]])
+
+
+def test_what_is_known_already_changes_nothing() -> None:
+    here = member()
+    news: dict[str, Any] = {"deltas": [["b", 5, 0, 0, 0, 3, [["k", 2, 1]], [["l", 3]]]]}
+    tell(here, **news)
+    before = here.members()
+    here.take_events()
+    tell(here, **news)
+    assert here.members() is before
+    assert here.take_events() == []
 
 
 def test_leaving() -> None:
@@ -237,11 +271,8 @@ def test_the_deaths_of_strangers_are_nobody_s_news() -> None:
 
 def test_events_that_nobody_takes_have_an_end() -> None:
     here = member(max_events=10)
-    for number in range(30):
-        tell(
-            here,
-            deltas=[["b", 5, 0, 0, number + 1 if number else 0, number + 2, [["k", number + 2, number]]]],
-        )
+    for version in range(2, 32):
+        tell(here, deltas=[["b", 5, 0, 0, 0, version, [["k", version, version]]]])
     assert len(here.take_events()) == 10
     assert here.counters["events_lost"] == 20
 
@@ -262,7 +293,7 @@ def test_an_exchange_that_never_agrees_ends_all_the_same() -> None:
 
 
 def test_many_members_come_over_in_one_exchange_within_the_budget() -> None:
-    one, other = member("a", message_budget=8192, max_steps=1000), member("b", message_budget=8192, max_steps=1000)
+    one, other = (member(name, message_budget=8192, max_steps=1000) for name in "ab")
     for number in range(300):
         name = f"node-{number}-{'x' * (number % 50)}"
         writes = [[f"k{key}", key + 2, "y" * (number * key % 97)] for key in range(number % 9)]

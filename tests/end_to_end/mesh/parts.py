@@ -11,11 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import psutil
 import trio
 
 from llamesh.mesh.identity import public_key
 from llamesh.mesh.trust import key_text
-from tests.end_to_end.cookbooks import child_of, cookbook, profile
+from tests.end_to_end.cookbooks import cookbook, profile
 from tests.support.fake import fake_profile_file
 from tests.support.mesh import NO_MODELS, Member
 from tests.support.node import PATIENCE_SECONDS, POLL_SECONDS
@@ -55,23 +56,35 @@ def make_key(member: Member) -> str:
 
 
 async def stats(member: Member, model: str) -> dict[str, Any]:
-    """What the newest fake of a model on a node counted."""
-    async with child_of(member.node, f"{model}:default") as child:
-        found: dict[str, Any] = (await child.get("/__fake/stats")).json()
-        return found
+    """What the newest fake of a model on a node counted; fails when there is none."""
+    found = await _stats(member, model)
+    assert found is not None, f"{member.id} runs no {model}"
+    return found
 
 
 async def wait_stats(
     member: Member, model: str, condition: Callable[[dict[str, Any]], bool]
 ) -> dict[str, Any]:
-    """Wait until the fake's counters are so; they."""
-    found: dict[str, Any] = {}
-    async with child_of(member.node, f"{model}:default") as child:
-        with trio.move_on_after(PATIENCE_SECONDS):
-            while not condition(found := (await child.get("/__fake/stats")).json()):
-                await trio.sleep(POLL_SECONDS)
-            return found
+    """Wait until there is a fake of the model whose counters are so; they."""
+    found = None
+    with trio.move_on_after(PATIENCE_SECONDS):
+        while (found := await _stats(member, model)) is None or not condition(found):
+            await trio.sleep(POLL_SECONDS)
+        return found
     raise AssertionError(f"{model} on {member.id} stays at {found}")
+
+
+async def _stats(member: Member, model: str) -> dict[str, Any] | None:
+    running = (await member.get("/running"))["running"]
+    pids = [entry["pid"] for entry in running if entry["instance"].startswith(f"{model}:default#")]
+    with contextlib.suppress(psutil.NoSuchProcess, httpx.TransportError):
+        for pid in reversed(pids):
+            words = psutil.Process(pid).cmdline()
+            url = f"http://127.0.0.1:{words[words.index('--port') + 1]}/__fake/stats"
+            async with httpx.AsyncClient(trust_env=False) as client:
+                found: dict[str, Any] = (await client.get(url)).json()
+                return found
+    return None
 
 
 @dataclass
@@ -93,9 +106,9 @@ class Load:
 
 
 @contextlib.asynccontextmanager
-async def clients(entry: Member, model: str, count: int, **more: Any) -> AsyncIterator[Load]:
-    """So many clients that ask `entry` one chat after the other, streamed by every second client, until the
-    block ends.
+async def clients(entry: Member, model: str, count: int, *, streams: bool) -> AsyncIterator[Load]:
+    """So many clients that ask `entry` one chat after the other until the block ends; with `streams` every
+    second one of them has its answers streamed.
 
     What each has begun by then is finished.
     """
@@ -104,7 +117,7 @@ async def clients(entry: Member, model: str, count: int, **more: Any) -> AsyncIt
     async def ask(stream: bool) -> None:
         while load.running:
             try:
-                answer = await entry.ask(model, stream=stream, **more)
+                answer = await entry.ask(model, stream=stream)
             except (httpx.HTTPError, AssertionError) as problem:
                 load.failures.append(repr(problem))
                 continue
@@ -114,7 +127,7 @@ async def clients(entry: Member, model: str, count: int, **more: Any) -> AsyncIt
 
     async with trio.open_nursery() as nursery:
         for number in range(count):
-            nursery.start_soon(ask, number % 2 == 1)
+            nursery.start_soon(ask, streams and number % 2 == 1)
         try:
             yield load
         finally:
