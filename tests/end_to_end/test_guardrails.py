@@ -314,7 +314,7 @@ async def test_switches_without_effect_are_named(tmp_path: Path) -> None:
     switches = {**off, "public_url": "http://example.org:1"}
     async with running_node(tmp_path, {"models": []}, switches) as node:
         warning = await node.wait_event("without effect in this version")
-        assert (warning["level"], warning["settings"]) == ("warning", ["cluster.enabled"])
+        assert (warning["level"], warning["settings"]) == ("warning", ["cluster.noise.enabled"])
 
 
 # Being killed.
