@@ -58,6 +58,12 @@ def test_installed_updated_and_removed(root: CleanRoot) -> None:
     assert sorted(p.name for p in (root.files / "opt").iterdir()) == ["llamesh"]
     assert "usage: llamesh" in root.run("/usr/local/bin/llamesh", "--help")
 
+    # An update that fails leaves what is there.
+    said = install(root, "--from", "/root/nothing.whl", *OFFLINE, fails=True)
+    assert "pip could not install /root/nothing.whl" in said
+    assert sorted(p.name for p in (root.files / "opt").iterdir()) == ["llamesh"]
+    assert "usage: llamesh" in root.run("/usr/local/bin/llamesh", "--help")
+
     install(root, "--uninstall")
     assert list((root.files / "opt").iterdir()) == []
     assert not (root.files / "usr/local/bin/llamesh").is_symlink()
@@ -72,14 +78,6 @@ def test_elsewhere_and_without_a_start(root: CleanRoot) -> None:
     assert "ExecStart=/srv/llamesh/bin/python " in unit
     assert "/opt/llamesh" not in unit
     assert root.run("systemctl", "is-enabled", "llamesh.service", fails=True).strip() == "disabled"
-    assert "usage: llamesh" in root.run("/usr/local/bin/llamesh", "--help")
-
-
-def test_a_failed_update_leaves_the_old_one(root: CleanRoot) -> None:
-    install(root, "--from", WHEEL, *OFFLINE)
-    said = install(root, "--from", "/root/nothing.whl", *OFFLINE, fails=True)
-    assert "pip could not install /root/nothing.whl" in said
-    assert sorted(p.name for p in (root.files / "opt").iterdir()) == ["llamesh"]
     assert "usage: llamesh" in root.run("/usr/local/bin/llamesh", "--help")
 
 
