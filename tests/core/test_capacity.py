@@ -319,7 +319,7 @@ def test_what_holds_for_every_answer(
                 assert cost(group) >= cost(chosen)
 
 
-@settings(max_examples=60)
+@settings(max_examples=60, deadline=None)
 @given(needs, st.data(), st.booleans())
 def test_too_many_sets_to_try_them_all(need: Need, data: st.DataObject, is_text: bool) -> None:
     """100 instances: the answer is a good one all the same, though it may not be the best."""
