@@ -6,8 +6,13 @@ import os
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 
 from tests.support.tiny_model import write_tiny_model
+
+# Properties aren't timed: a busy machine is no mistake of theirs.
+settings.register_profile("llamesh", deadline=None)
+settings.load_profile("llamesh")
 
 LLAMA_SERVER_VARIABLE = "LLAMESH_TEST_LLAMA_SERVER"
 
