@@ -23,6 +23,10 @@ _UNITS = {"": 1, "s": 1, "m": 60, "h": 3600, "d": 86400}
 # The node is on this machine, and pausing waits for nothing.
 _PATIENCE_SECONDS = 10.0
 
+# What a command likes to know besides, and can do without.
+_STATE_SECONDS = 2.0
+_STATE_BYTES = 64 << 20
+
 
 def pause_seconds(text: str) -> float:
     """`30m`, `2h`, `1h30m`, `90` (seconds): in seconds; `off`: 0.
@@ -72,17 +76,35 @@ def _tell(settings: Settings, path: str, document: Mapping[str, Any], environ: M
     return 0
 
 
-def _connect(settings: Settings) -> http.client.HTTPConnection:
+def read_state(settings: Settings, environ: Mapping[str, str]) -> dict[str, Any]:
+    """`GET /api/v1/state` of the node of these settings; empty where none answers within two seconds."""
+    headers = {}
+    if key := environ.get(KEY_VARIABLE) or _own_key(settings):
+        headers["authorization"] = f"Bearer {key}"
+    connection: http.client.HTTPConnection | None = None
+    try:
+        connection = _connect(settings, _STATE_SECONDS)
+        connection.request("GET", "/api/v1/state", headers=headers)
+        reply = connection.getresponse()
+        return _decoded(reply.read(_STATE_BYTES)) if reply.status == 200 else {}
+    except (OSError, http.client.HTTPException, ValueError):
+        return {}
+    finally:
+        if connection is not None:
+            connection.close()
+
+
+def _connect(settings: Settings, seconds: float = _PATIENCE_SECONDS) -> http.client.HTTPConnection:
     host, port = settings.listen_addr.host, settings.listen_addr.port
     host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
     tls = settings.server_tls
     if not tls.enabled:
-        return http.client.HTTPConnection(host, port, timeout=_PATIENCE_SECONDS)
+        return http.client.HTTPConnection(host, port, timeout=seconds)
     # It is the node's own certificate or nobody's; the name in it is for others.
     context = ssl.create_default_context(cafile=str(tls.cert_path))
     context.check_hostname = False
     context.verify_flags |= ssl.VERIFY_X509_PARTIAL_CHAIN
-    return http.client.HTTPSConnection(host, port, timeout=_PATIENCE_SECONDS, context=context)
+    return http.client.HTTPSConnection(host, port, timeout=seconds, context=context)
 
 
 def _own_key(settings: Settings) -> str | None:

@@ -40,7 +40,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "node": _TOP | {"cluster", "service"},
     "command": {"config"},
     "commands": {"config", "core", "errors", "mesh", "net", "telemetry"},
-    "model_commands": _LOWER | {"local"},
+    "model_commands": _LOWER | {"local", "command"},
     "__main__": _TOP | {"node", "command", "commands", "model_commands"},
 }
 

@@ -8,7 +8,9 @@ import os
 import sys
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
+from llamesh.command import read_state
 from llamesh.config.cookbook import Cookbook, ModelPath
 from llamesh.config.problems import ConfigError
 from llamesh.config.settings import Settings
@@ -22,11 +24,15 @@ from llamesh.model_commands.common import Failed, fail, read_files, say
 
 _MOST_FILES = 2000
 
+# States of a model on a node in which its weights are there, see docs/api.md.
+_WITH_WEIGHTS = ("loaded", "loading", "fits", "needs_eviction")
+
 
 @dataclass(slots=True)
 class Item:
     """A model on this disk. `size`: bytes of all its files; `sha256`: of its first file, "" while unknown;
-    `origin`: "download", "hub cache" (somebody else fetched it), "models_dir" or "path"; `record`: our note.
+    `origin`: "download", "hub cache" (somebody else fetched it), "models_dir", "path", or "mesh": only other
+    nodes have it, and `path` is ""; `nodes`: those that have it; `record`: our note.
     """
 
     name: str
@@ -44,13 +50,14 @@ def models(options: argparse.Namespace) -> int:
     try:
         settings, cookbook = read_files(options)
         items = inventory(settings, cookbook, find_cache(os.environ), work_out=options.hash)
+        _add_other_nodes(items, settings.node_id, read_state(settings, os.environ))
     except (ConfigError, WeightsError, OSError) as error:
         return fail(error)
     if options.json:
         say(json.dumps([_document(item) for item in items], indent=1))
         return 0
     if not items:
-        say("no models on this disk; `llamesh add` and `llamesh pull` bring some")
+        say("no models on this disk nor in the mesh; `llamesh add` and `llamesh pull` bring some")
         return 0
     rows = [("MODEL", "SIZE", "SHA256", "FROM", "USED BY", "NODE")]
     for item in items:
@@ -58,7 +65,7 @@ def models(options: argparse.Namespace) -> int:
         rows.append(
             (
                 item.name,
-                in_words(item.size),
+                in_words(item.size) if item.path else "-",
                 item.sha256[:12] or "-",
                 item.origin,
                 used,
@@ -69,6 +76,21 @@ def models(options: argparse.Namespace) -> int:
     for row in rows:
         say("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
     return 0
+
+
+def _add_other_nodes(items: list[Item], own: str, state: dict[str, Any]) -> None:
+    """Who else has the weights of the profiles, as the running node knows it; and what only others have."""
+    for model in state.get("models", ()):
+        having = {
+            node
+            for node, cell in model["nodes"].items()
+            if node != own and cell.get("state") in _WITH_WEIGHTS
+        }
+        known = [item for item in items if model["name"] in item.profiles]
+        for item in known:
+            item.nodes += sorted(having - set(item.nodes))
+        if having and not known:
+            items.append(Item(model["name"], "", 0, "", "mesh", sorted(having), [model["name"]]))
 
 
 def remove(options: argparse.Namespace) -> int:
