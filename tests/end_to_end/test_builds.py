@@ -322,7 +322,9 @@ async def test_a_build_that_somebody_else_made_is_taken_over(tmp_path: Path, pro
             capture_stderr=True,
             env=clean_environment({}),
             cwd=tmp_path,
+            check=False,
         )
+        assert done.returncode == 0, done.stderr.decode()
         assert Path(done.stdout.decode().strip()).is_file()
         await node.wait_event("gone", instance="a:default#1")
         await ask_well(node, "a")
