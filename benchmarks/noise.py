@@ -137,7 +137,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     took = statistics.median(_handshake(max(10, count // 100)) for _ in range(rounds))
     print(f"{'handshake, both sides':30} {took:7.2f} ms")
     for length in (64, 256, 4096):
-        seal, opening = _medians(rounds, lambda length=length: _small(length, count))  # type: ignore[misc]
+        seal, opening = _medians(rounds, partial(_small, length, count))
         rate = 1e6 / (seal + opening)
         print(f"{f'record of {length} B':30} {seal:7.2f} us {opening:7.2f} us, {rate:9,.0f} records/s both")
     usual = records.RECORD_SIZE

@@ -293,7 +293,7 @@ class Dispatch:
             if self._is_hopeless(key):
                 self._send_away_or_refuse(line, self._spawn_failed(profile))
                 continue
-            room = pool.room(profile)
+            room = pool.room(profile, fetch=True)
             decision = place(
                 pool.instances(key),
                 waiting=len(line.tickets),

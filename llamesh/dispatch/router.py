@@ -267,7 +267,7 @@ class Router:
         )
 
     def _download_ms(self, profile: Profile) -> float:
-        """Until its weights are here. Only asks: who looks must not start to fetch them."""
+        """Until its weights are here."""
         weights = self._pool.weights
         if weights.is_here(profile):
             return 0.0
@@ -284,7 +284,7 @@ class Router:
             return None if self._pool.weights.failure(profile) is not None else 0.0
         if len(self._pool.instances(profile.key)) >= self._pool.max_instances(profile):
             return None
-        match self._pool.room(profile, fetch=False):
+        match self._pool.room(profile):
             case Fits():
                 return 0.0
             case Evict(ids):

@@ -82,7 +82,7 @@ class Keeper:
                 continue
             if len(pool.instances(key)) >= pool.max_instances(profile):
                 continue
-            room = self._pool.room(profile)
+            room = self._pool.room(profile, fetch=True)
             if not isinstance(room, Fits):
                 continue
             try:

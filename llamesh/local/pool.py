@@ -129,9 +129,10 @@ class Pool:
         configured = self._current.settings.model_defaults.max_concurrent_requests_per_instance
         return configured or self._learned.of(key).slots_on(self._starts.identity) or 1
 
-    def room(self, profile: Profile, *, fetch: bool = True) -> Room:
-        """May one more instance of `profile` start? Later, too, while its size isn't known yet. `fetch`:
-        weights that aren't here are wanted, and not only asked about."""
+    def room(self, profile: Profile, *, fetch: bool = False) -> Room:
+        """May one more instance of `profile` start? Later, too, while its size isn't known yet. `fetch`: it
+        is to start, so weights that aren't here are fetched; who only asks starts no download.
+        """
         if self._closed:
             return Later("the node is ending")
         most = self.max_instances(profile)

@@ -11,8 +11,6 @@ from typing import Any
 import psutil
 import trio
 
-from llamesh.telemetry.learned import Learned
-
 # n_ctx and n_slots as llama-server logs them; wrapper scripts may print them anywhere.
 _FACTS = re.compile(r"\b(n_ctx|n_slots|n_ctx_train|n_ctx_slot)\s*=\s*(\d{1,9})\b")
 
@@ -42,12 +40,6 @@ class Facts:
     def read_models(self, reply: Any) -> None:
         """Take what `GET /v1/models` says."""
         self._take("n_ctx_train", _dig(reply, "data", 0, "meta", "n_ctx_train"))
-
-    def teach(self, learned: Learned) -> None:
-        """Remember what is known over the end of the child."""
-        learned.n_ctx = self.n_ctx or learned.n_ctx
-        learned.context_length = self.n_ctx_slot or learned.context_length
-        learned.n_ctx_train = self.n_ctx_train or learned.n_ctx_train
 
     def complete(self) -> None:
         """Fill one context from the other, where only one is known."""

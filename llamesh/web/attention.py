@@ -15,7 +15,7 @@ from llamesh.dispatch import Dispatch
 from llamesh.local.failure import Failure
 from llamesh.local.pool import Pool
 from llamesh.telemetry.recorder import Happening, Recorder
-from llamesh.web.state_schema import MOST_CONCERNS, Concern
+from llamesh.web.state_schema import MOST_CONCERNS, Concern, Level
 
 # What was a moment ago is still worth a look for so long, in seconds.
 _LINGERS = 30.0
@@ -37,7 +37,7 @@ class Finding(NamedTuple):
     others.
     """
 
-    level: str
+    level: Level
     what: str
     subject: str
     text: str
@@ -76,7 +76,7 @@ class Attention:
         found |= {(one.what, one.subject): one for one in others}
         self._since = {key: self._since.get(key, now) for key in found}
         concerns = [
-            Concern(one.level, one.what, node, one.text[:2000], self._since[key], one.fix)  # type: ignore[arg-type]
+            Concern(one.level, one.what, node, one.text[:2000], self._since[key], one.fix)
             for key, one in found.items()
         ]
         concerns.sort(key=lambda one: (one.level != "error", one.since))

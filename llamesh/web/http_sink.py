@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 
 import trio
 
@@ -14,7 +15,7 @@ from llamesh.web.lane import Lane
 _BODILESS = (204, 304)
 
 
-class HttpSink:
+class HttpSink(ABC):
     """The response to the present request of a connection. `deadline`: see `net.sweep`."""
 
     __slots__ = (
@@ -74,6 +75,6 @@ class HttpSink:
         await self._transport.send(data)
         self.deadline = math.inf
 
+    @abstractmethod
     def _unwatch(self) -> None:
         """Before the transport is closed; the connection knows who watches it."""
-        raise NotImplementedError

@@ -31,6 +31,7 @@ from llamesh.web.state_schema import (
     MOST_MODELS,
     MOST_REQUESTS,
     Cell,
+    CellState,
     Device,
     Event,
     Instance,
@@ -202,7 +203,7 @@ class OwnState:
         size = self._pool.memory.size(profile)
         known = size is not None and size.source != "unknown"
         return Cell(
-            state,  # type: ignore[arg-type]
+            state,
             why[:500] or None,
             len(self._pool.instances(profile.key)),
             self._dispatch.queue_length(profile.key),
@@ -211,7 +212,7 @@ class OwnState:
             size.need.sysmem if size is not None and known else None,
         )
 
-    def _situation(self, profile: CookbookProfile) -> tuple[str, str]:
+    def _situation(self, profile: CookbookProfile) -> tuple[CellState, str]:
         """State of a cell, and why."""
         children, trouble = self._pool.instances(profile.key), self._pool.trouble(profile.key)
         states = {child.state for child in children}
@@ -225,6 +226,9 @@ class OwnState:
             return "failed", trouble.last.message if trouble.last is not None else ""
         if not self._pool.max_instances(profile):
             return "never", "its max_instances is 0: it is listed, but not run on this node"
+        lacking = self._pool.weights.lacking(profile)
+        if lacking is not None:
+            return "failed" if isinstance(lacking, Never) else "missing", lacking.reason
         match self._pool.room(profile):
             case Fits():
                 return "fits", ""

@@ -15,6 +15,7 @@ from llamesh.web.state_schema import (
     MOST_EVENTS,
     SCHEMA,
     Cell,
+    CellState,
     Concern,
     Document,
     Event,
@@ -124,8 +125,12 @@ def _stub(other: Other) -> Node:
 
 
 def _offered(offer: Offer) -> Profile:
-    state = offer.status if offer.status in ("loaded", "failed") else "unknown" if offer.runs else "never"
-    cell = Cell(state, None, 0, None, offer.tps or None)  # type: ignore[arg-type]
+    state: CellState = "unknown" if offer.runs else "never"
+    if offer.status == "loaded":
+        state = "loaded"
+    elif offer.status == "failed":
+        state = "failed"
+    cell = Cell(state, None, 0, None, offer.tps or None)
     text = (offer.profile_description or offer.description)[:1000]
     return Profile(offer.key, offer.public_name, offer.kind, text, offer.context_length or None, cell)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import msgspec
@@ -15,7 +15,7 @@ from llamesh.errors import CancelledByOperator, InvalidRequest, NotFound
 from llamesh.telemetry.logs import get_logger
 from llamesh.web.access import Access
 from llamesh.web.direct import Call, only_get
-from llamesh.web.history import sum_up
+from llamesh.web.history import Sample, sum_up
 from llamesh.web.mesh_state import (
     CANCEL,
     HISTORY,
@@ -29,7 +29,7 @@ from llamesh.web.mesh_state import (
 )
 from llamesh.web.requests import unix_offset
 from llamesh.web.state import OwnState
-from llamesh.web.state_merge import joined, merge
+from llamesh.web.state_merge import Other, joined, merge
 from llamesh.web.state_schema import Document, Request
 from llamesh.web.state_stream import StateStream
 
@@ -64,11 +64,12 @@ class StateApi:
     async def document(self) -> Document:
         """`GET /api/v1/state`."""
         await self.own.look()
-        rings, others = [self.own.ring.samples], []
+        rings: list[Iterable[Sample]] = [self.own.ring.samples]
+        others: list[Other] = []
         if self.peers is not None:
             await self.peers.refresh()
             others = list(self.peers.others())
-            rings += list(self.peers.rings())  # type: ignore[arg-type]
+            rings += self.peers.rings()
         now = time.time()
         return merge(self.own.part(), others, sum_up(rings, now), now)
 

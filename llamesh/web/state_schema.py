@@ -99,14 +99,15 @@ class Node(msgspec.Struct, frozen=True, kw_only=True):
     problems: Annotated[list[Text], msgspec.Meta(max_length=64)] = []
 
 
+Level = Literal["error", "warning"]
 CellState = Literal["loaded", "loading", "fits", "needs_eviction", "missing", "never", "failed", "unknown"]
 
 
 class Cell(msgspec.Struct, frozen=True):
     """A model on a node. state: `fits`: it could be started now; `needs_eviction`: others would have to leave
-    first, or there is no room at the moment (`why`); `missing`: its file isn't there; `never`: it can't or
-    may not run there; `failed`: its last starts failed. instances: how many aren't gone; tps: of one answer,
-    a mean.
+    first, or there is no room at the moment (`why`); `missing`: its file isn't there, or has to be
+    downloaded first; `never`: it can't or may not run there; `failed`: its last starts failed. instances:
+    how many aren't gone; tps: of one answer, a mean.
     """
 
     state: CellState
@@ -219,7 +220,7 @@ class Concern(msgspec.Struct, frozen=True):
     fix: what to do about it.
     """
 
-    level: Literal["error", "warning"]
+    level: Level
     what: Text
     node: Text
     text: Text

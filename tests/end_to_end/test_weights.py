@@ -72,6 +72,18 @@ async def test_a_line_in_the_cookbook_is_enough(tmp_path: Path, hub: Hub) -> Non
     assert found.resolve().parent.name == "blobs"
 
 
+async def test_looking_at_the_node_fetches_nothing(tmp_path: Path, hub: Hub) -> None:
+    env = environment(hub, tmp_path / "hf")
+    async with running_node(tmp_path / "node", cookbook(tiny=of_hub()), env=env) as node:
+        for path in ("/api/v1/state", "/cluster/nodes", "/v1/models", "/metrics", "/readyz", "/api/v1/state"):
+            seen = (await node.client.get(path)).raise_for_status()
+            if path == "/api/v1/state":
+                [model] = seen.json()["models"]
+                assert model["nodes"]["node-a"]["state"] == "missing"
+                assert "has to be fetched first" in model["nodes"]["node-a"]["why"]
+    assert hub.asked("store") == []
+
+
 async def test_a_stream_hears_how_far_the_download_is(tmp_path: Path, hub: Hub) -> None:
     fault = hub.fault(FILE, stall_after=100_000)
     env = environment(hub, tmp_path / "hf")

@@ -19,6 +19,7 @@ import time
 from collections import deque
 from collections.abc import Callable
 from contextlib import suppress
+from functools import partial
 
 from llamesh.core.ranges import pieces
 from llamesh.local.weights.digest import Digest
@@ -276,7 +277,7 @@ class Download:
         buffer, size = memoryview(bytearray(_HASH_BYTES)), self._part.size
         while (at := self._digest.size) < size:
             with self._changed:
-                self._changed.wait_for(lambda at=at: self._halt.is_set() or self._hashable(at))  # type: ignore[misc]
+                self._changed.wait_for(partial(self._may_hash, at))
                 end = self._part.ranges.covered_from(at)
             if self._halt.is_set():
                 return
@@ -286,6 +287,9 @@ class Download:
             with self._hash_lock:
                 self._digest.update(buffer[:count])
         self._over.set()
+
+    def _may_hash(self, at: int) -> bool:
+        return self._halt.is_set() or self._hashable(at)
 
     def _hashable(self, at: int) -> bool:
         there = self._part.ranges.covered_from(at)

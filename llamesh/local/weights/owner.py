@@ -135,19 +135,17 @@ class Weights:
 
     # Acting.
 
-    def lacking(self, profile: Profile, *, fetch: bool = True) -> Later | Never | None:
-        """None when the weights are here; else why not, having started to fetch them unless `fetch` is
-        off.
-        """
+    def lacking(self, profile: Profile, *, fetch: bool = False) -> Later | Never | None:
+        """None when the weights are here; else why not. `fetch`: they are wanted, so start to fetch them."""
         wanted = wanted_of(profile)
         if wanted is None or wanted in self._here:
             return None
         coming = self._coming.get(wanted)
+        if coming is None and (error := self.failure(profile)) is not None:
+            return Never(f"its weights can't be had: {error}", failed=True)
+        if not fetch:
+            return Later(str(coming.progress) if coming else f"{wanted.name} has to be fetched first")
         if coming is None:
-            if (error := self.failure(profile)) is not None:
-                return Never(f"its weights can't be had: {error}", failed=True)
-            if not fetch:
-                return Later(f"{wanted.name} has to be fetched first")
             coming = self._start(wanted, profile)
         coming.keys.add(profile.key)
         coming.timeout = max(coming.timeout, profile.download_timeout_seconds)
