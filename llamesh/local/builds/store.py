@@ -33,6 +33,7 @@ from llamesh.local.builds.record import RECORD, Build, build_behind, read_build
 
 STAGE = "installing the build"
 
+_LOCK = ".lock"
 _LOCK_POLL_SECONDS = 0.25
 
 
@@ -81,22 +82,16 @@ class Store:
         """Be the only one that builds here, over all processes; `on_wait` is told when somebody else does."""
         try:
             self._root.mkdir(parents=True, exist_ok=True)
-            file = os.open(self._root / ".lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+            file = os.open(self._root / _LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
         except OSError as error:
             raise BuildFailed(STAGE, f"{self._root} can't be written to: {error}") from error
         try:
             told = False
-            while True:
-                try:
-                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                    break
-                except BlockingIOError:
-                    if not told:
-                        on_wait()
-                    told = True
-                    await trio.sleep(_LOCK_POLL_SECONDS)
-                except OSError:
-                    break  # a file system without locks
+            while not _locks(file):
+                if not told:
+                    on_wait()
+                told = True
+                await trio.sleep(_LOCK_POLL_SECONDS)
             yield
         finally:
             os.close(file)
@@ -175,15 +170,25 @@ class Store:
         """Delete the oldest builds beyond `keep` besides the live one; the keys of those that went.
 
         One that somebody runs (see `hold`) stays, too, and what a process that was killed left behind goes.
+        While somebody builds, nothing does: it could be theirs, and they prune when they are done.
         """
-        live = self.live()
-        used = {live.key} if live is not None else set()
-        builds = [Kept(build.key, build.built_at) for build in self.builds()]
-        gone = tuple(key for key in to_delete(builds, used, keep) if self._delete(self.folder(key)))
-        with contextlib.suppress(OSError):
-            for left in (*self._root.glob("*.part"), *self._root.glob("*.old")):
-                shutil.rmtree(left, ignore_errors=True)
-        return gone
+        try:
+            file = os.open(self._root / _LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        except OSError:
+            return ()  # nothing can be deleted there, or there is nothing
+        try:
+            if not _locks(file):
+                return ()
+            live = self.live()
+            used = {live.key} if live is not None else set()
+            builds = [Kept(build.key, build.built_at) for build in self.builds()]
+            gone = tuple(key for key in to_delete(builds, used, keep) if self._delete(self.folder(key)))
+            with contextlib.suppress(OSError):
+                for left in (*self._root.glob("*.part"), *self._root.glob("*.old")):
+                    shutil.rmtree(left, ignore_errors=True)
+            return gone
+        finally:
+            os.close(file)
 
     def _delete(self, folder: Path) -> bool:
         try:
@@ -220,3 +225,14 @@ class Store:
             file.flush()
             os.fsync(file.fileno())
         os.replace(new, folder / RECORD)
+
+
+def _locks(file: int) -> bool:
+    """Take the lock unless another has it. On a file system without locks everybody has it."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:
+        return True
+    return True

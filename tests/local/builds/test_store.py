@@ -200,7 +200,7 @@ def test_leftovers_go(shelf: Shelf) -> None:
     (shelf.store.root / "c.old").mkdir()
     shelf.store.prune(3)
     assert shelf.keys() == {"a"}
-    assert sorted(path.name for path in shelf.store.root.iterdir()) == ["a"]
+    assert sorted(path.name for path in shelf.store.root.iterdir()) == [".lock", "a"]
 
 
 def test_forced_anew_under_the_same_name(shelf: Shelf) -> None:
@@ -240,3 +240,21 @@ async def test_a_file_in_the_place_of_the_folder(tmp_path: Path) -> None:
     with pytest.raises(BuildFailed, match="can't be written to"):
         async with Store(tmp_path / "builds", tmp_path / "x").lock(lambda: None):
             pass
+
+
+async def test_while_somebody_builds_nothing_is_pruned(shelf: Shelf, tmp_path: Path) -> None:
+    """What is half made is a `.part`, and what is whole but not live yet counts as old where none is kept."""
+    shelf.make("a")
+    shelf.store.make_live("a")
+    products = tmp_path / "products"
+    products.mkdir()
+    (products / "llama-server").touch()
+    other = Store(shelf.store.root, shelf.link)
+    async with shelf.store.lock(lambda: None):
+        program = shelf.store.stage("b", products)
+        shelf.make("c")
+        assert other.prune(0) == ()
+        assert program.is_file()
+        assert shelf.keys() == {"a", "c"}
+    assert other.prune(0) == ("c",)
+    assert not program.exists()
