@@ -27,8 +27,8 @@ from llamesh.mesh.key_store import KeyStore
 from llamesh.mesh.known_peers import KnownPeers
 from llamesh.mesh.mesh import Mesh
 from llamesh.mesh.static_peers import StaticPeers
-from llamesh.peer_weights import PATH as WEIGHTS
-from llamesh.peer_weights import PeerWeights
+from llamesh.sharing.peer_weights import PATH as WEIGHTS
+from llamesh.sharing.peer_weights import PeerWeights
 from llamesh.telemetry.learned import LearnedValues
 from llamesh.telemetry.logs import get_logger
 from llamesh.web.admin import Administration

@@ -8,7 +8,7 @@ import trio
 from llamesh.local.weights.errors import NotFound, Unreachable, WeightsError, WrongContent
 from llamesh.local.weights.several import Several
 from llamesh.mesh.blocking import BlockingLink
-from llamesh.peer_source import PeerSource
+from llamesh.sharing.peer_source import PeerSource
 
 SHA256 = "ab" * 32
 CONTENT = bytes(range(200))

@@ -1,4 +1,4 @@
-"""Weights between nodes: what joins the downloads of this machine to the peers of the mesh.
+"""Asking peers for weights, and giving them.
 
     POST /mesh/weights            {"sha256": [...]} -> {"have": {sha256: bytes}}
                                   {"repo": "owner/name"} -> {"commit": "...", "files": [{name, size, sha256}]}
@@ -28,7 +28,7 @@ from llamesh.mesh.calls import call
 from llamesh.mesh.peer import Peer
 from llamesh.mesh.peers import Peers
 from llamesh.net.exchange import UpstreamBroken
-from llamesh.peer_source import PeerSource
+from llamesh.sharing.peer_source import PeerSource
 from llamesh.telemetry.logs import get_logger
 
 log = get_logger("weights")

@@ -1,0 +1,1 @@
+"""Weights between nodes: what joins the downloads of this machine to the peers of the mesh."""
