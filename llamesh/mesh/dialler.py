@@ -176,7 +176,9 @@ class Dialler:
 
 def outcome_of(error: Exception) -> str:
     """How a handshake ended that wasn't good, as a word of few: `token`, `version`, `timeout`, `protocol`,
-    `garbage` (of HandshakeFailed), `refused` by the other side, `untrusted` by this one, `itself`, `lost`."""
+    `closed`, `garbage` (of HandshakeFailed), `refused` by the other side, `untrusted` by this one, `itself`,
+    `lost`.
+    """
     if isinstance(error, HandshakeFailed):
         return error.reason
     if isinstance(error, ItsMe):

@@ -185,7 +185,7 @@ class Greeting:
             if isinstance(error, NotTrusted):
                 if not isinstance(error, ItsMe):
                     self._mention(_PORT.sub("", text), "a node wasn't let in", problem=text)
-            elif isinstance(error, HandshakeFailed):
+            elif isinstance(error, HandshakeFailed) and error.reason != "closed":
                 host = text.partition(": ")[0].rpartition(":")[0]
                 self._mention(f"{host} {error.reason}", "a handshake failed", problem=text)
             else:

@@ -56,7 +56,7 @@ _LIBRARY_ERRORS = (InvalidTag, ValueError, NoiseValueError, NoiseInvalidMessage,
 
 _frame_length = struct.Struct(">H").pack
 
-Reason = Literal["token", "protocol", "version", "garbage", "timeout"]
+Reason = Literal["token", "protocol", "closed", "version", "garbage", "timeout"]
 Role = Literal["dialler", "acceptor"]
 
 
@@ -64,8 +64,8 @@ class HandshakeFailed(Exception):
     """There will be no session. The message is for people.
 
     `reason`: "token" (the cluster tokens differ), "version" (another wire version), "timeout",
-    "protocol" (a llamesh node that broke off or the rules), "garbage" (no llamesh node, or bytes
-    that were changed on their way).
+    "protocol" (a llamesh node that broke the rules), "closed" (it broke off: it ended, or was cancelled),
+    "garbage" (no llamesh node, or bytes that were changed on their way).
     """
 
     def __init__(self, reason: Reason, message: str) -> None:

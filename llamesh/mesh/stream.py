@@ -255,7 +255,7 @@ class _Line:
                 await trio.lowlevel.wait_readable(self.sock)
                 continue
             if not data:
-                raise HandshakeFailed("protocol", "the connection was closed during the handshake")
+                raise HandshakeFailed("closed", "the connection was closed during the handshake")
             unread += data
         data = bytes(unread[:size])
         del unread[:size]
