@@ -293,12 +293,13 @@ class Mesh:
             peer = self.peers.get(node)
             if peer is None:
                 return
-            if member is not None and member.status is Status.LEFT:
+            left = member is not None and member.status is Status.LEFT
+            if left:
                 self.seeker.drop(node)
             else:
                 self.seeker.lost(node, peer.addresses)
             self.parking.end(node)
-            self.peers.forget(node)
+            self.peers.forget(node, left=left)
             return
         if isinstance(event, Joined | Updated | Recovered | Restarted):
             peer = self.peers.of(node)

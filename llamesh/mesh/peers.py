@@ -23,6 +23,7 @@ from llamesh.core.offers import (
     decode_offer,
     decode_situation,
 )
+from llamesh.mesh.absent import Absent
 from llamesh.mesh.peer import Peer
 from llamesh.net.exchange import UpstreamBroken, UpstreamConnection
 
@@ -119,6 +120,7 @@ class Peers:
         self._names: dict[str, str] = {}  # any name in lower case -> key in lower case
         self._profiles: dict[str, Profile] = {}
         self._fingerprints: dict[str, str] = {}  # key in lower case -> the one to use
+        self._absent = Absent()
 
     def __iter__(self) -> Iterator[Peer]:
         return iter(self._peers.values())
@@ -165,17 +167,21 @@ class Peers:
         if changed:
             self.on_change()
 
-    def forget(self, node: str) -> None:
+    def forget(self, node: str, *, left: bool = False) -> None:
         """It left, or is dead for good: it isn't listed any more, unless it only sleeps. Connections with it
-        are closed, so that whoever waits there learns."""
+        are closed, so that whoever waits there learns. What only it had is waited for where it `left`."""
         peer = self._peers.get(node)
         if peer is None:
             return
         peer.alive = False
         peer.links.close_all()
         if not peer.wake_mac and peer.offers:
+            had = [(name, self.find(name)) for offer in peer.offers.values() for name in _names_of(offer)]
             peer.offers = {}
             self._index()
+            gone = [(name, one) for name, one in had if one is not None and name not in self._names]
+            if left:
+                self._absent.note(node, gone, trio.current_time())
         self.on_change()
 
     def discard(self, node: str) -> bool:
@@ -194,11 +200,8 @@ class Peers:
         for peer in self._peers.values():
             for key, offer in peer.offers.items():
                 having.setdefault(key, {})[peer.node] = offer
-                for model in (offer.model, *offer.aliases):
-                    name = f"{model}:{offer.profile}".casefold()
+                for name in _names_of(offer):
                     names.setdefault(name, key)
-                    if offer.profile.casefold() == "default":
-                        names.setdefault(model.casefold(), key)
         self._having = having
         self._names = names
         self._profiles = {}
@@ -222,7 +225,7 @@ class Peers:
         """See `Peers` of dispatch.router."""
         key = self._names.get(name.casefold())
         if key is None:
-            return None
+            return self._absent.find(name, trio.current_time())
         profile = self._profiles.get(key)
         if profile is None:
             offer = next(iter(self._having[key].values()))
@@ -286,6 +289,8 @@ class Peers:
         """See `Peers` of dispatch.router."""
         now = trio.current_time()
         reasons = []
+        if not self.has(key):
+            return self._absent.explain(key, now)
         for node, offer in self._having.get(key.casefold(), {}).items():
             if node in excluded or not offer.runs:
                 continue
@@ -317,6 +322,14 @@ class Peers:
             if other.links.reachable and peer.node not in other.entry.cut:
                 return other
         return peer if peer.links.reachable else None
+
+
+def _names_of(offer: Offer) -> Iterator[str]:
+    """What it can be asked for by, in lower case."""
+    for model in (offer.model, *offer.aliases):
+        yield f"{model}:{offer.profile}".casefold()
+        if offer.profile.casefold() == "default":
+            yield model.casefold()
 
 
 def _outlook(peer: Peer, via: Peer, offer: Offer, usual_load_ms: float) -> Outlook:

@@ -106,10 +106,42 @@ async def test_a_suspected_node_gets_nothing_new_and_loses_nothing(mesh: Mesh) -
     # Its death ends it.
     mesh.peers.forget("b")
     assert stream.closed
+    assert list(mesh.peers.offered()) == []
     assert mesh.peers.find("m") is None
     assert mesh.peers.explain(KEY) == ""
-    assert list(mesh.peers.offered()) == []
     far.close()
+
+
+async def test_who_left_may_be_back_in_a_moment(mesh: Mesh, autojump_clock: MockClock) -> None:
+    mesh.peer("b", Offer("m"))
+    mesh.peers.forget("b", left=True)
+    assert list(mesh.peers.offered()) == []
+    assert not mesh.peers.has(KEY)
+    assert mesh.peers.find("M") is not None
+    await trio.sleep(5)
+    assert mesh.peers.explain(KEY) == "node b, which had it, left 5 s ago"
+    await trio.sleep(55)
+    assert mesh.peers.find("m") is None
+    assert mesh.peers.explain(KEY) == ""
+
+
+async def test_only_what_nobody_has_is_missed(mesh: Mesh) -> None:
+    mesh.peer("b", Offer("m", aliases=("n",)), Offer("only", "fast", aliases=("o",)))
+    mesh.peer("c", Offer("m"))
+    mesh.peers.forget("b", left=True)
+    assert mesh.peers.find("n") is not None
+    assert mesh.peers.find("O:Fast") is not None
+    assert mesh.peers.find("o") is None
+    assert mesh.candidates() == ["c"]
+    assert mesh.peers.explain("only:fast").startswith("node b, which had it, left")
+    # What an operator takes away is gone at once.
+    mesh.peers.update("c", {})
+    assert mesh.peers.find("m") is None
+    # What is there again is as it is there.
+    mesh.peer("d", Offer("n", description="another"))
+    found = mesh.peers.find("n")
+    assert found is not None
+    assert found.model_description == "another"
 
 
 async def test_a_sleeping_one_stays_and_is_woken(mesh: Mesh) -> None:

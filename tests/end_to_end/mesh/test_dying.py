@@ -14,7 +14,8 @@ from llamesh.mesh.cluster_token import new_token
 from tests.end_to_end.mesh.parts import NO_MODELS, clients, fakes, make_key, wait_stats
 from tests.support.chats import Answer
 from tests.support.fake import FAKE_LLAMA_SERVER
-from tests.support.mesh import running_mesh
+from tests.support.mesh import Member, running_mesh
+from tests.support.node import PATIENCE_SECONDS, POLL_SECONDS
 
 THREE = ["node-a", "node-b", "node-c"]
 
@@ -143,6 +144,33 @@ async def test_leaving_is_said_aloud(tmp_path: Path) -> None:
         for name in ("node-a", "node-c"):
             assert mesh[name].node.find_events("peer left", peer="node-b")
             assert not mesh[name].node.find_events("peer lost", peer="node-b")
+
+
+async def waiting(member: Member) -> list[str | None]:
+    """What the requests at a node wait for."""
+    return [one["waiting_for"] for one in (await member.get("/api/v1/state"))["requests"]]
+
+
+async def test_a_request_for_what_only_a_restarting_node_has_waits_for_it(tmp_path: Path) -> None:
+    cookbooks = {"node-a": NO_MODELS, "node-b": fakes(tmp_path, m={})}
+    async with running_mesh(tmp_path, cookbooks, binary_path=FAKE_LLAMA_SERVER) as mesh:
+        a, b = mesh
+        await mesh.wait_joined()
+        await mesh.wait_listed("m", at="node-a", by="node-b")
+        await b.stop()
+        await mesh.wait_gone("node-b")
+        answers: list[Answer] = []
+
+        async def ask() -> None:
+            answers.append(await a.ask("m"))
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(ask)
+            with trio.fail_after(PATIENCE_SECONDS):
+                while not any("which had it" in (why or "") for why in await waiting(a)):
+                    await trio.sleep(POLL_SECONDS)
+            await b.start()
+        assert [(answer.status, answer.node) for answer in answers] == [(200, "node-b")]
 
 
 def busy(directory: Path) -> dict[str, Any]:
