@@ -257,7 +257,7 @@ def expected(outlook: Outlook, features: Features, others: Typical = UNKNOWN) ->
         prefill_rate = _doubted(prefill_rate, others.least_prefill_ms, outlook.trust)
         decode_rate = _doubted(decode_rate, others.least_decode_ms, outlook.trust)
     tokens = features.prompt_tokens
-    if features.cached:
+    if features.cached and ready:  # what isn't loaded any more has lost its cache
         tokens -= features.cached.get(outlook.node, 0)
     if prefill_rate <= 0 and service <= 0:
         prefill_rate = DEFAULT_PREFILL_MS_PER_TOKEN

@@ -61,15 +61,24 @@ class Refuse:
 Placement = Serve | Spawn | Wait | Refuse
 
 
-def choose(candidates: Sequence[Candidate]) -> int:
+# Shares of a prompt that are in the caches of two instances and differ by less than this are alike.
+_ALIKE = 0.1
+
+
+def choose(candidates: Sequence[Candidate], warm: Sequence[float] = ()) -> int:
     """Index of the instance to serve the next request, -1 for none.
 
     The least busy one, so that a decode shares its instance with as few others as possible; among
-    equals the one used last, so that the others may become idle and leave.
+    equals the one used last, so that the others may become idle and leave. `warm`: the share of the
+    prompt that each has in its cache, where that is known: those with clearly less than the best are out.
     """
+    least = 0.0
+    if warm:
+        free = (share for one, share in zip(candidates, warm, strict=True) if one.free_slots > 0)
+        least = max(free, default=0.0) - _ALIKE
     best = -1
     for index, one in enumerate(candidates):
-        if one.free_slots <= 0:
+        if one.free_slots <= 0 or (warm and warm[index] < least):
             continue
         if best < 0:
             best = index

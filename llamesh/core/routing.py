@@ -11,8 +11,9 @@
    (Measured on the model in tests/core/nodes.py, a share of the wait, too, keeps one request too many
    in the line here, which costs all of them another round: p95 1.25 instead of 1.0 x the best split.)
 4. Among peers that are as good as equal, the one with the fewest forwards of ours that its news
-   doesn't contain yet; among equals in that, one by a hash of its id and the request's number, so that
-   several entry nodes with the same news don't all pick the same one.
+   doesn't contain yet; among equals in that, the one that has most of the prompt in its cache; then one
+   by a hash of its id and the request's number, so that several entry nodes with the same news don't all
+   pick the same one.
 5. A prompt that is too long for everybody is served here, if at all: the engine's own answer
    to it is better than ours, and the number of tokens was an estimate.
 """
@@ -113,7 +114,7 @@ def route(
     if mine is not None and mine.total <= best + max(tie_ms, tolerance):
         return Choice("", mine, everybody)
     if best < math.inf:
-        terms = _spread(candidates, everybody, best + tie_ms, features.number)
+        terms = _spread(candidates, everybody, best + tie_ms, features)
         return Choice(terms.node, terms, everybody)
     if here is not None and 0 < here.n_ctx < prompt and "" not in excluded:
         terms = expected(here, features, others)
@@ -122,8 +123,11 @@ def route(
     return Choice(None, None, everybody)
 
 
-def _spread(candidates: Sequence[Outlook], considered: Sequence[Terms], most: float, number: int) -> Terms:
+def _spread(
+    candidates: Sequence[Outlook], considered: Sequence[Terms], most: float, features: Features
+) -> Terms:
     """Of the peers that cost `most` at the most, the one whose turn it is."""
+    number, cached = features.number, features.cached
     equals = [
         (one.sent, terms)
         for one, terms in zip(candidates, considered, strict=True)
@@ -132,7 +136,15 @@ def _spread(candidates: Sequence[Outlook], considered: Sequence[Terms], most: fl
     if len(equals) == 1:
         return equals[0][1]
     # Not str's own hash: it differs from process to process.
-    return min(equals, key=lambda e: (e[0], hash((crc32(e[1].node.encode()), number)), e[1].node))[1]
+    return min(
+        equals,
+        key=lambda e: (
+            e[0],
+            -cached.get(e[1].node, 0),
+            hash((crc32(e[1].node.encode()), number)),
+            e[1].node,
+        ),
+    )[1]
 
 
 def max_wait_ms(choice: Choice) -> int | None:

@@ -30,6 +30,7 @@ from llamesh.config.cookbook import Elsewhere, Profile
 from llamesh.config.current import Current
 from llamesh.core.lifecycle import State
 from llamesh.core.placement import Refuse, Serve, Spawn, Wait, choose, place
+from llamesh.dispatch.affinity import Affinity
 from llamesh.dispatch.lease import AnyLease, Ask, Lease
 from llamesh.dispatch.patience import Patience
 from llamesh.dispatch.router import Router
@@ -67,6 +68,7 @@ class Dispatch:
         self.unwilling: Callable[[], str] = lambda: ""  # why nothing is done for peers now
         self.router: Router | None = None  # None: there are no peers
         self.patience = Patience(current, pool, learned)
+        self.affinity = Affinity(pool)
         self._current = current
         self._pool = pool
         self._lines: dict[str, Line] = {}  # only those with someone in them
@@ -111,7 +113,7 @@ class Dispatch:
         if ask.travel.origin and self.unwilling():
             return None
         instances = self._pool.instances(key)
-        index = choose(instances)
+        index = choose(instances, ask.shares_of(instances))
         if index < 0:
             if self.router is None or not isinstance(ask.profile.source, Elsewhere):
                 return None
@@ -274,7 +276,7 @@ class Dispatch:
             message = f"node {self._node} leaves this machine to its owner: {away}; try another node"
             while line.tickets:
                 self._send_away_or_refuse(line, Draining(message))
-        while line.tickets and (index := choose(instances)) >= 0:
+        while line.tickets and (index := choose(instances, line.tickets[0].ask.shares_of(instances))) >= 0:
             ticket = line.tickets.popleft()
             if self._send_away(ticket, here=True):
                 continue

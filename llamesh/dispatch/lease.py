@@ -3,6 +3,7 @@ is released; or the news of an instance that is loading."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -10,6 +11,8 @@ import trio
 
 from llamesh.config.cookbook import Profile
 from llamesh.core.cost import Features
+from llamesh.core.prefixes import NOTHING, Prefix
+from llamesh.dispatch.affinity import COLD, Warmth
 from llamesh.local.instance import Instance
 from llamesh.net.exchange import UpstreamConnection
 from llamesh.telemetry.recorder import Record
@@ -46,7 +49,8 @@ class Ask:
 
     `features`: what is known of its size; `excluded`: peers that failed it or sent it back; `here_only`: no
     peer will do, because it is this node's own model that is to be loaded; `record`: where to write down what
-    was decided, for people.
+    was decided, for people. `prefix`: how its prompt begins; `warmth`: where how much of that was
+    read before.
     """
 
     profile: Profile
@@ -57,6 +61,13 @@ class Ask:
     excluded: frozenset[str] = frozenset()
     here_only: bool = False
     record: Record | None = None
+    prefix: Prefix = NOTHING
+    warmth: Warmth = COLD
+
+    def shares_of(self, instances: Sequence[Instance]) -> Sequence[float]:
+        """What each of them has of the prompt, from 0 to 1; empty where none has any."""
+        found = self.warmth.instances
+        return [found.get(one.id, 0.0) for one in instances] if found else ()
 
 
 class Lease:

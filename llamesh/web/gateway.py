@@ -23,7 +23,7 @@ from llamesh.web.access import Access
 from llamesh.web.answer import ClientGone, Inbound, Job, Outcome, finish_with_event
 from llamesh.web.body import Budget
 from llamesh.web.headers import NONE
-from llamesh.web.openai import Route, choose_profile, read_features, read_wish
+from llamesh.web.openai import SESSION_HEADERS, Route, choose_profile, read_features, read_prefix, read_wish
 from llamesh.web.relay import Relay
 from llamesh.web.sink import Sink
 
@@ -140,11 +140,12 @@ class Gateway:
         return headers
 
     def _understand(self, inbound: Inbound, route: Route, record: Record) -> Ask:
-        content_type = b""
+        content_type = session = b""
         for name, value in inbound.headers:
             if name == b"content-type":
-                content_type = value
-                break
+                content_type = content_type or value
+            elif name in SESSION_HEADERS:
+                session = session or value
         wish = read_wish(content_type, inbound.query, inbound.body.view())
         travel = inbound.travel
         if travel.model:
@@ -154,8 +155,10 @@ class Gateway:
         )
         # Only text streams; elsewhere llama-server ignores the wish, and so must the keep-alives.
         streams = record.streams = wish.streams and route.needs == "text"
+        prefix = read_prefix(wish, route, profile.key, session)
+        warmth = self._dispatch.affinity.find(profile.key, prefix)
         if self._dispatch.router is None:
-            return Ask(profile, inbound.request_id, streams)
+            return Ask(profile, inbound.request_id, streams, prefix=prefix, warmth=warmth)
         record.origin, record.via = travel.origin, travel.via
         if travel.fingerprint and self._dispatch.router.differs(profile, travel):
             raise ModelNotFound(
@@ -163,8 +166,9 @@ class Gateway:
                 param="model",
             )
         self._number += 1
-        features = read_features(wish, route, inbound.body, self._number)
-        return Ask(profile, inbound.request_id, streams, travel, features, record=record)
+        features = read_features(wish, route, inbound.body, self._number, warmth.nodes)
+        ask = Ask(profile, inbound.request_id, streams, travel, features, record=record)
+        return replace(ask, prefix=prefix, warmth=warmth) if prefix else ask
 
     def _check_hops(self, headers: Headers) -> None:
         for name, value in headers:

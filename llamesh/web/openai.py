@@ -6,8 +6,9 @@ objects of it; it still checks that the whole is JSON, so llama-server never see
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Literal
 from urllib.parse import parse_qs
 
@@ -15,6 +16,7 @@ import msgspec
 
 from llamesh.config.cookbook import Profile
 from llamesh.core.cost import Features
+from llamesh.core.prefixes import NOTHING, SHORTEST, Prefix, prefix_of
 from llamesh.errors import InvalidRequest, ModelNotFound
 from llamesh.web.body import Body
 
@@ -53,6 +55,14 @@ class _Wanted(msgspec.Struct):
     stream: msgspec.Raw = msgspec.Raw(b"")
     max_tokens: msgspec.Raw = msgspec.Raw(b"")
     max_completion_tokens: msgspec.Raw = msgspec.Raw(b"")
+    messages: msgspec.Raw = msgspec.Raw(b"")
+    prompt: msgspec.Raw = msgspec.Raw(b"")
+    input: msgspec.Raw = msgspec.Raw(b"")
+    tools: msgspec.Raw = msgspec.Raw(b"")
+    system: msgspec.Raw = msgspec.Raw(b"")
+    instructions: msgspec.Raw = msgspec.Raw(b"")
+    prompt_cache_key: msgspec.Raw = msgspec.Raw(b"")
+    session_id: msgspec.Raw = msgspec.Raw(b"")
 
 
 _decode = msgspec.json.Decoder(_Wanted).decode
@@ -61,12 +71,13 @@ _decode = msgspec.json.Decoder(_Wanted).decode
 @dataclass(frozen=True, slots=True)
 class Wish:
     """What a request says of itself: `model` as written, None when it names none; `max_tokens`: the longest
-    answer that it takes, 0 when it doesn't say.
+    answer that it takes, 0 when it doesn't say. `wanted`: what else was in its body, None for a form.
     """
 
     model: str | None
     streams: bool
     max_tokens: int = 0
+    wanted: _Wanted | None = field(default=None, compare=False, repr=False)
 
 
 def read_wish(content_type: bytes, query: bytes, body: bytes | memoryview) -> Wish:
@@ -86,7 +97,7 @@ def read_wish(content_type: bytes, query: bytes, body: bytes | memoryview) -> Wi
     limit = bytes(wanted.max_tokens) or bytes(wanted.max_completion_tokens)
     most = int(limit) if limit.isdigit() and len(limit) < 10 else 0
     if not model_json:
-        return Wish(_from_query(query), streams, most)
+        return Wish(_from_query(query), streams, most, wanted)
     try:
         model = msgspec.json.decode(model_json)
     except (msgspec.MsgspecError, UnicodeDecodeError) as error:
@@ -94,7 +105,38 @@ def read_wish(content_type: bytes, query: bytes, body: bytes | memoryview) -> Wi
     if not isinstance(model, str) or not model:
         what = "null" if model is None else "empty" if model == "" else "not text"
         raise InvalidRequest(f"`model` is {what}; name a model of GET /v1/models", param="model")
-    return Wish(model, streams, most)
+    return Wish(model, streams, most, wanted)
+
+
+# What clients call the conversation that a request belongs to. (`user` is a person, not a conversation.)
+SESSION_HEADERS = frozenset(
+    [
+        b"x-session-id",
+        b"x-conversation-id",
+        b"x-openwebui-chat-id",
+        b"x-claude-code-session-id",
+        b"x-session-affinity",
+    ]
+)
+_LONGEST_SESSION = 256
+
+
+def read_prefix(wish: Wish, route: Route, key: str, session: bytes) -> Prefix:
+    """How the prompt for "model:profile" begins. `session`: what its conversation is called in a header."""
+    wanted = wish.wanted
+    if wanted is None or route.needs != "text":
+        return NOTHING
+    if not session and (len(wanted.prompt_cache_key) or len(wanted.session_id)):
+        session = bytes(wanted.prompt_cache_key) or bytes(wanted.session_id)
+        session = b"" if session in (b"null", b'""') else session
+    opening = [one for one in (wanted.tools, wanted.system, wanted.instructions) if len(one)]
+    prompt = (
+        wanted.messages if len(wanted.messages) else wanted.prompt if len(wanted.prompt) else wanted.input
+    )
+    if not session and not opening and len(prompt) < SHORTEST:
+        return NOTHING  # the hot path
+    named = session if len(session) <= _LONGEST_SESSION else b""
+    return prefix_of(key, [memoryview(one) for one in opening], memoryview(prompt), named)
 
 
 # Of English text a token has four bytes of JSON or so.
@@ -102,12 +144,17 @@ _BYTES_PER_TOKEN = 4
 
 # No picture worth sending fits into this.
 _SURELY_TEXT = 4096
+_COLD: Mapping[str, float] = MappingProxyType({})
+_NO_TOKENS: Mapping[str, int] = MappingProxyType({})
 _NOT_TEXT = (b'"image_url"', b'"input_audio"', b'"input_image"')
 
 
-def read_features(wish: Wish, route: Route, body: Body, number: int) -> Features:
+def read_features(
+    wish: Wish, route: Route, body: Body, number: int, warm: Mapping[str, float] = _COLD
+) -> Features:
     """What placement needs to know of a request: a guess at its prompt's tokens from the length of the
-    body, 0 where that says nothing, and the most that it wants to have written.
+    body, 0 where that says nothing, and the most that it wants to have written. `warm`: by node, which share
+    of the prompt is in the cache there.
     """
     data = body.view()
     # What was spooled is rather an image or a recording.
@@ -117,7 +164,8 @@ def read_features(wish: Wish, route: Route, body: Body, number: int) -> Features
     tokens = body.length // _BYTES_PER_TOKEN if is_text else 0
     # What doesn't write has no answer to wait for; 1 is as good as none and is not "unknown".
     output = wish.max_tokens if route.needs == "text" else 1
-    return Features(prompt_tokens=tokens, output_tokens=output, number=number)
+    cached = {node: int(share * tokens) for node, share in warm.items()} if warm else _NO_TOKENS
+    return Features(prompt_tokens=tokens, output_tokens=output, cached=cached, number=number)
 
 
 def choose_profile(

@@ -28,12 +28,12 @@ from llamesh.core.lifecycle import State
 from llamesh.core.offers import encode
 from llamesh.dispatch import Dispatch
 from llamesh.dispatch.lease import AnyLease, Forward, Lease
-from llamesh.dispatch.router import Router
 from llamesh.errors import LlameshError, NoCapacity, UpstreamError, UpstreamTimeout
 from llamesh.net.exchange import Headers, UpstreamBroken, UpstreamConnection
 from llamesh.telemetry.logs import get_logger
 from llamesh.web.answer import SSE_HEADERS, Job, keepalive, note_place, pass_answer, working, write
 from llamesh.web.headers import upstream_request
+from llamesh.web.own_headers import own_headers, remember
 from llamesh.web.peer_exchange import PeerRefused, heard_attempts, peer_headers, refused
 
 log = get_logger("relay")
@@ -204,8 +204,9 @@ class Relay:
             if connection is not None:
                 connection.on_interim = None
             lease.release(connection, complete=complete, working=under_way)
-            if complete and self._dispatch.router is not None and isinstance(lease, Lease):
-                self._learn(self._dispatch.router, lease, job)
+            # What was refused says nothing.
+            if job.outcome.first_byte_seconds is not None and job.outcome.status < 400:
+                self._learn(lease, job, complete=complete)
 
     async def _wake(self, lease: Forward, job: Job) -> None:
         """Wait for a sleeping machine. A client that streams hears so now and then."""
@@ -357,32 +358,8 @@ class Relay:
         )
 
     def _own_headers(self, job: Job, lease: AnyLease | None, theirs: Headers) -> Headers:
-        """What this node, or the peer that served, says of the answer. `lease`: None before there is one."""
-        ask = job.ask
-        node, queued, affinity = self._node_header, b"0", b"off"
-        if isinstance(lease, Lease):
-            queued = b"%d" % round(lease.queued_seconds * 1000)
-        elif lease is not None:
-            waited = lease.queued_seconds * 1000
-            for name, value in theirs:
-                if name == b"x-llamesh-node":
-                    node = value
-                elif name == b"x-llamesh-affinity":
-                    affinity = value
-                elif name == b"x-llamesh-queue-ms" and value.isdigit():
-                    waited += int(value[:12])
-            queued = b"%d" % round(waited)
-        job.outcome.node = node.decode("latin-1")
-        headers: Headers = [
-            (b"x-request-id", ask.request_id.encode()),
-            (b"x-llamesh-node", node),
-            (b"x-llamesh-profile", ask.profile.key.encode()),
-            (b"x-llamesh-queue-ms", queued),
-            (b"x-llamesh-affinity", affinity),
-        ]
-        if ask.travel.origin:
-            headers += self.news(job)
-        return headers
+        headers = own_headers(self._node_header, job, lease, theirs)
+        return [*headers, *self.news(job)] if job.ask.travel.origin else headers
 
     def news(self, job: Job) -> Headers:
         """What a peer is told with an answer: how busy the profile is here, and what broke on its request."""
@@ -392,9 +369,10 @@ class Relay:
         load = encode(router.situation(ask.profile.key, ask.travel.origin))
         return [(b"x-llamesh-load", load), (b"x-llamesh-attempt", b"%d" % job.broken)]
 
-    @staticmethod
-    def _learn(router: Router, lease: Lease, job: Job) -> None:
-        # What was refused says nothing of how long answers take.
-        if job.outcome.status < 400:
+    def _learn(self, lease: AnyLease, job: Job, *, complete: bool) -> None:
+        if job.ask.prefix:
+            remember(self._dispatch.affinity, lease, job)
+        router = self._dispatch.router
+        if complete and router is not None and isinstance(lease, Lease):
             seconds = trio.current_time() - lease.since
             router.learn(job.ask, job.outcome.usage, seconds, lease.instance.busy_slots)

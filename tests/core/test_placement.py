@@ -95,6 +95,21 @@ def test_choose(candidates: list[One], index: int) -> None:
     assert choose(candidates) == index
 
 
+@pytest.mark.parametrize(
+    ("warm", "busy", "index"),
+    [
+        ([0.0, 0.9, 0.5], (0, 3, 0), 1),
+        # Who has no slot doesn't count, and what is nearly as much is as good.
+        ([0.0, 0.9, 0.5], (0, 4, 0), 2),
+        ([0.85, 0.9, 0.5], (0, 3, 0), 0),
+        ([0.0, 0.0, 0.05], (1, 0, 1), 1),
+        ([], (1, 1, 0), 2),
+    ],
+)
+def test_choose_where_the_prompt_was_read(warm: list[float], busy: tuple[int, ...], index: int) -> None:
+    assert choose([One(State.READY, 4, taken) for taken in busy], warm) == index
+
+
 rooms = st.one_of(st.just(Fits()), st.just(Evict(("x",))), st.just(Later("later")), st.just(Never("never")))
 instances = st.integers(1, 4).flatmap(
     lambda slots: st.builds(
