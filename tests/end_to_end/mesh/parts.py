@@ -80,6 +80,8 @@ async def _stats(member: Member, model: str) -> dict[str, Any] | None:
     with contextlib.suppress(psutil.NoSuchProcess, httpx.TransportError):
         for pid in reversed(pids):
             words = psutil.Process(pid).cmdline()
+            if "--port" not in words:  # forked, and still as its parent
+                continue
             url = f"http://127.0.0.1:{words[words.index('--port') + 1]}/__fake/stats"
             async with httpx.AsyncClient(trust_env=False) as client:
                 found: dict[str, Any] = (await client.get(url)).json()
