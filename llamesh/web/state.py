@@ -81,6 +81,11 @@ class OwnState:
         """Of this node."""
         return self._store.current.settings.node_id
 
+    @property
+    def accepts_administration(self) -> bool:
+        """Whether operators of other nodes may do something here."""
+        return self._store.current.settings.cluster.accept_administration
+
     def part(self) -> Part:
         """Everything, as it is now."""
         return Part(
@@ -159,6 +164,7 @@ class OwnState:
             queue=self._dispatch.queue_length(),
             running=sum(child.busy_slots for child in self._pool.all()),
             problems=problems[:64],
+            accepts_administration=self.accepts_administration,
         )
 
     def _memory(self) -> Memory:

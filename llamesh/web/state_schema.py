@@ -76,7 +76,8 @@ class Node(msgspec.Struct, frozen=True, kw_only=True):
     """One node. self: it is the one that was asked; ready: it takes requests, reason: why not; started: when;
     last_seen: its last sign of life; fresh: what it says of itself was asked for a moment ago (else it is
     older, and comes from gossip where nothing else is known); queue: requests that wait there, running: those
-    that are being answered by its instances; link: null for the node itself.
+    that are being answered by its instances; link: null for the node itself. accepts_administration: whether
+    operators of other nodes may do something there, null = it never said.
     """
 
     id: Text
@@ -97,6 +98,7 @@ class Node(msgspec.Struct, frozen=True, kw_only=True):
     running: int | None = None
     link: Link | None = None
     problems: Annotated[list[Text], msgspec.Meta(max_length=64)] = []
+    accepts_administration: bool | None = None
 
 
 Level = Literal["error", "warning"]
