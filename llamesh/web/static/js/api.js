@@ -12,6 +12,7 @@ try {
 
 const waiting = new Set();
 let askForKey = () => {};
+const listeners = []; // who wants to know that the key is another one
 
 export const hasKey = () => memory !== "";
 
@@ -24,6 +25,12 @@ export function setKey(key) {
     // See above.
   }
   for (const resume of [...waiting]) resume();
+  for (const listener of listeners) listener();
+}
+
+/** Called whenever the key is another one. */
+export function onKey(listener) {
+  listeners.push(listener);
 }
 
 /** Who shows the dialog: called with what the node said. */

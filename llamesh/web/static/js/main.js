@@ -10,6 +10,7 @@ import { plural } from "./format.js";
 import { setUpInstances, showInstances } from "./instances.js";
 import { Live } from "./live.js";
 import { openLog, setUpLogs, showLogChoices } from "./logs.js";
+import { askWhetherAllowed, setUpMay } from "./may.js";
 import { setUpMatrix, showMatrix } from "./matrix.js";
 import { showNodes } from "./nodes.js";
 import { refreshEnded, setUpRequests, showRequests } from "./requests.js";
@@ -17,7 +18,7 @@ import { refreshEnded, setUpRequests, showRequests } from "./requests.js";
 // View -> the sections that it shows.
 const VIEWS = [
   [(d) => showAttention(d, live.now()), ["attention", "nodes"]],
-  [(d) => showNodes(d, live.now()), ["nodes"]],
+  [(d) => showNodes(d, live.now()), ["nodes", "instances"]],
   [showMatrix, ["models", "nodes"]],
   [(d) => showInstances(d, live.now()), ["instances", "models"]],
   [showRequests, ["requests"]],
@@ -70,6 +71,7 @@ const live = new Live(
 );
 
 setUpDialogs();
+setUpMay(() => live.document && plan(["nodes", "models", "instances", "requests"]));
 setUpCharts();
 setUpMatrix(openLog);
 setUpInstances(openLog);
@@ -84,3 +86,4 @@ setInterval(() => {
   refreshEnded();
 }, 1000);
 live.run();
+askWhetherAllowed();

@@ -5,6 +5,7 @@ import { askToCancel } from "./acts.js";
 import { decisionOf } from "./decision.js";
 import { at, badge, button, el, keyed, setAttribute, setBadge, setText, show } from "./dom.js";
 import { count, duration, moment, plural } from "./format.js";
+import { allow, whyNotAnywhere } from "./may.js";
 
 const LOOKS = { queued: "idle", loading: "busy", forwarded: "busy", prefill: "busy", decode: "good", done: "off" };
 const LISTED = 30;
@@ -69,7 +70,7 @@ function make(item) {
     draw();
   }, { look: "toggle", "aria-label": `Details of ${item.id}` });
   parts.fold.append(parts.toggle);
-  parts.cancel = button("Cancel…", () => askToCancel(parts.one), { "data-act": "cancel" });
+  parts.cancel = button("Cancel…", () => askToCancel(parts.one), { "data-act": "cancel", "aria-label": `Cancel… ${item.id}` });
   parts.acts.append(parts.cancel);
   parts.line = el("tr", {}, parts.fold, parts.who, parts.phaseCell, parts.path, parts.ms, parts.prompt,
     parts.cached, parts.tokens, parts.first, parts.acts);
@@ -92,6 +93,7 @@ function update(parts, one) {
   setText(parts.tokens, count(one.tokens));
   setText(parts.first, duration(one.first_token_ms));
   show(parts.cancel, !done);
+  allow(parts.cancel, whyNotAnywhere());
   const isOpen = open.has(one.id);
   setAttribute(parts.toggle, "aria-expanded", String(isOpen));
   if (isOpen) fillDetail(parts, one);
