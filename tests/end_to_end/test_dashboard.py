@@ -14,6 +14,7 @@ import trio
 from tests.end_to_end.cookbooks import cookbook, profile
 from tests.end_to_end.mesh.parts import fakes
 from tests.support.browser import (
+    PATIENCE_MS,
     PHONE,
     SCREENSHOTS,
     WATCH_SHIFTS,
@@ -116,7 +117,8 @@ async def test_it_shows_the_whole_mesh(tmp_path: Path) -> None:
                 path.first.wait_for()
                 # Why it went there, in milliseconds, for both nodes; the row stays open while all goes on.
                 forwarded = page.locator("#request-rows tr", has=path).filter(has_text="gemma3")
-                forwarded.locator(".toggle").click()
+                forwarded.first.wait_for(timeout=3 * PATIENCE_MS)  # a third one, beside two long ones
+                forwarded.first.locator(".toggle").click()
                 for node in ("atlas", "borealis"):
                     told = page.locator(".detail-row .candidates li", has_text=node).inner_text()
                     assert re.search(r"\d ms|\d s", told), told
@@ -159,15 +161,20 @@ async def test_a_chat_is_streamed_and_a_model_unloaded(tmp_path: Path, tiny_mode
                 assert page.locator("#instances-empty").is_visible()
                 # The model is found by typing, with the keyboard alone.
                 page.locator("#chat-model").focus()
+                page.locator("#chat-model").click()
                 page.keyboard.type("tin")
                 page.keyboard.press("Enter")
                 page.locator("#chat-tokens").fill("24")
+                place = "document.getElementById('chat').offsetTop"
+                before = page.evaluate(place)
                 page.locator("#question").fill("Hello <b>there</b>")
                 page.keyboard.press("Enter")
+                page.locator("#instance-rows tr").wait_for()
                 page.locator("#chat-figures", has_text="24 tokens").wait_for()
                 figures = page.locator("#chat-figures").inner_text()
                 assert "first token" in figures
                 assert "tokens/s" in figures
+                assert abs(page.evaluate(place) - before) <= 2, "the chat jumps when it is used"
                 assert page.locator(".said-by.model .body").inner_text()
                 assert page.locator(".said-by.user .body").inner_text() == "Hello <b>there</b>"
                 assert page.locator("#talk b").count() == 0

@@ -61,7 +61,7 @@ def browser_page(url: str, *, expected: tuple[str, ...] = (), **context: Any) ->
             yield page
         finally:
             browser.close()
-    assert complaints == []
+    assert complaints == [], complaints
 
 
 async def look(act: Callable[[], T]) -> T:

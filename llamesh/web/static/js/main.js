@@ -61,7 +61,10 @@ function plan(names) {
 }
 
 const live = new Live(
-  (_, names) => plan(names),
+  (_, names, isNew) => {
+    plan(names);
+    if (isNew) askWhetherAllowed();
+  },
   (look, text, canRetry) => {
     setLook(at("link"), look);
     setText(at("link"), text);
@@ -71,7 +74,7 @@ const live = new Live(
 );
 
 setUpDialogs();
-setUpMay(() => live.document && plan(["nodes", "models", "instances", "requests"]));
+setUpMay(() => plan(["nodes", "models", "instances", "requests"]), () => live.document !== null);
 setUpCharts();
 setUpMatrix(openLog);
 setUpInstances(openLog);
@@ -86,4 +89,3 @@ setInterval(() => {
   refreshEnded();
 }, 1000);
 live.run();
-askWhetherAllowed();

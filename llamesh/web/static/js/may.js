@@ -1,6 +1,6 @@
 // May this viewer administer, and may that node be administered from here? Buttons say so before anyone tries.
 
-import { get, onKey } from "./api.js";
+import { get, onRights } from "./api.js";
 import { at, setAttribute, setText, show } from "./dom.js";
 
 let whyNot = ""; // of this viewer; "" while it isn't known, too: the node has the last word
@@ -28,7 +28,7 @@ export function allow(button, why) {
   setAttribute(button, "title", why);
 }
 
-/** Ask the node; again whenever the key changes. */
+/** Ask the node. */
 export async function askWhetherAllowed() {
   try {
     const answer = await get("api/v1/access");
@@ -41,7 +41,8 @@ export async function askWhetherAllowed() {
   redraw();
 }
 
-export function setUpMay(draw) {
+/** `draw()` shows the buttons anew; `isLive()`: the node has let us in. */
+export function setUpMay(draw, isLive) {
   redraw = draw;
-  onKey(askWhetherAllowed);
+  onRights(() => isLive() && askWhetherAllowed());
 }

@@ -108,6 +108,7 @@ function update(parts, node, now) {
   if (!node.ready && node.reason) problems.unshift(node.reason);
   if (node.link?.breaker && !["closed", "ok"].includes(node.link.breaker)) problems.push(`breaker: ${node.link.breaker}`);
   if (node.link?.problem) problems.push(`the last try failed: ${node.link.problem}`);
+  if (!node.fresh && node.status === "alive") problems.push("it can't be asked from here: little is known, and may be old");
   if (node.status === "suspect" && node.last_seen) problems.push(`last heard of ${age(now - node.last_seen)} ago`);
   keyed(parts.problems, [...new Set(problems)], (text_) => text_, (text_) => el("li", { text: text_ }), () => {});
   const engine = [node.engine, node.engine_version].filter(Boolean).join(" ");
