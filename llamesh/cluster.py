@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import socket
 from collections.abc import Mapping
-from typing import Any
 
-import msgspec
 import trio
 
 from llamesh.config.cookbook import ModelPath
@@ -15,7 +13,6 @@ from llamesh.config.settings import Settings
 from llamesh.dispatch import Dispatch
 from llamesh.dispatch.offering import Offering
 from llamesh.dispatch.router import Router
-from llamesh.errors import Draining, InvalidRequest, LlameshError
 from llamesh.local.owner import Owner
 from llamesh.local.pool import Pool
 from llamesh.local.weights.hashes import Hashes
@@ -36,6 +33,7 @@ from llamesh.web.fast_lane import FastLane
 from llamesh.web.mesh_pages import MeshPages
 from llamesh.web.mesh_state import MeshRoute
 from llamesh.web.pages import CREATED, Pages
+from llamesh.web.peer_acts import PeerActs
 from llamesh.web.peer_files import PeerFiles
 from llamesh.web.peer_lane import PeerLane
 
@@ -106,9 +104,9 @@ class Cluster:
         if settings.cluster.listen_addr is None:
             lane.serve_peer = self.lane.serve
         pages.mesh = MeshPages(self.mesh, CREATED)
-        administration.mesh = self.mesh
-        self._acts = administration
-        self.routes: dict[str, MeshRoute] = {}  # what other parts answer to peers, by path
+        administration.peers = PeerActs(self.mesh, administration.own, self.unwilling)
+        # What other parts answer to peers, by path.
+        self.routes: dict[str, MeshRoute] = administration.peers.routes()
 
     def unwilling(self) -> str:
         """Why this node does nothing for its peers now, "" when it does."""
@@ -153,22 +151,7 @@ class Cluster:
             return await route(peer, body)
         if path == WEIGHTS:
             return await self.weights.answer(body)
-        if path != "/mesh/prewarm":
-            return None
-        try:
-            document = msgspec.json.decode(body, type=dict[str, Any])
-        except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
-            raise InvalidRequest(f"not a JSON object: {error}") from None
-        log.info("prewarm asked by a peer", peer=peer, model=str(document.get("model"))[:120])
-        node = self._settings.node_id
-        try:
-            if unwilling := self.unwilling():
-                raise Draining(f"node {node} loads nothing for others: {unwilling}")
-            # Here and nowhere else: who asks has chosen, and nobody is to send it round in circles.
-            status, answer = await self._acts.prewarm({**document, "node": node})
-        except LlameshError as error:
-            return error.status, error.body()
-        return status, msgspec.json.encode(answer)
+        return None
 
 
 def _paths(current: Current) -> list[str]:

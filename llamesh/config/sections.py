@@ -205,6 +205,7 @@ class Cluster(Section):
     discovery: Discovery = Discovery()
     listen_addr: ListenAddress | None = None
     serve_peers: Literal["always", "idle", "on_power", "never"] = "always"
+    accept_administration: bool = True
     noise: Noise = Field(default_factory=Noise)
     circuit_breaker: CircuitBreaker = CircuitBreaker()
 

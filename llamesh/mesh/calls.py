@@ -11,10 +11,16 @@ from llamesh.net.exchange import UpstreamBroken
 _MOST_BYTES = 4 << 20
 
 
+class NotSent(UpstreamBroken):
+    """There is no connection to be had: the peer has heard nothing of it."""
+
+
 async def call(
     links: Links, method: str, path: str, body: bytes = b"", *, seconds: float
 ) -> tuple[int, bytes]:
-    """Status and body of the peer's answer. Raises UpstreamBroken, also when `seconds` have passed."""
+    """Status and body of the peer's answer. Raises UpstreamBroken, also when `seconds` have passed; NotSent
+    when it certainly didn't get there.
+    """
     try:
         with trio.fail_after(seconds):
             return await _call(links, method, path, body)
@@ -26,7 +32,10 @@ async def call(
 
 async def _call(links: Links, method: str, path: str, body: bytes) -> tuple[int, bytes]:
     head = f"{method} {path} HTTP/1.1\r\nhost: llamesh\r\ncontent-length: {len(body)}\r\n\r\n".encode()
-    connection = await links.take()
+    try:
+        connection = await links.take()
+    except UpstreamBroken as error:
+        raise NotSent(str(error), started=False) from error
     complete = False
     try:
         try:

@@ -6,6 +6,7 @@ requests, who is alive from the membership. Nothing here waits.
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter
 from collections.abc import Awaitable, Callable, Collection, Iterator, Mapping
 
@@ -32,6 +33,9 @@ _WAKE_MS = 30_000.0
 
 # Of a node that can be reached only through a third one: the request takes two links, and their load.
 _DETOUR_MS = 5.0
+
+# Third nodes that are tried for what isn't a request for inference.
+_MOST_DETOURS = 3
 
 
 class Seat:
@@ -316,12 +320,20 @@ class Peers:
             return peer if peer.wake_mac else None
         if peer.direct and peer.links.reachable:
             return peer
+        return next(self._detours(peer, excluded), peer if peer.links.reachable else None)
+
+    def ways_to(self, peer: Peer) -> list[Peer]:
+        """Whom to give what is meant for the peer, the best first: itself, or third nodes that reach it."""
+        own = [peer] if peer.links.reachable else []
+        thirds = [*itertools.islice(self._detours(peer, ()), _MOST_DETOURS)]
+        return [*own, *thirds] if peer.direct else [*thirds, *own]
+
+    def _detours(self, peer: Peer, excluded: Collection[str]) -> Iterator[Peer]:
         for other in self._peers.values():
             if other is peer or other.node in excluded or not (other.alive and other.direct):
                 continue
             if other.links.reachable and peer.node not in other.entry.cut:
-                return other
-        return peer if peer.links.reachable else None
+                yield other
 
 
 def _names_of(offer: Offer) -> Iterator[str]:

@@ -34,7 +34,8 @@ _SENTENCES = {
     "paused on request": "paused: this machine is left to its owner",
     "pause ended on request": "the pause is over",
     "cancelled on request": "request {request_id} was cancelled by an operator",
-    "prewarm asked by a peer": "node {peer} had {model} loaded here",
+    "administered by another node": "the operator of node {peer} did this here: {act}",
+    "another node's administration was refused": "the operator of node {peer} was refused this here: {act}",
     "prewarm failed": "{profile} couldn't be loaded: {error}",
     "reloaded": "the files were read again",
     "a file was changed and has a mistake; the old one stays": (

@@ -25,6 +25,7 @@ from llamesh.telemetry.logs import get_logger
 from llamesh.telemetry.prometheus import NodeCollector, exposition
 from llamesh.web.access import Access
 from llamesh.web.admin import Act, Administration, add_acts, add_admin_routes
+from llamesh.web.may import add_access_route
 from llamesh.web.openai import ROUTES
 from llamesh.web.pages import Pages
 from llamesh.web.state_routes import StateApi, add_state_routes
@@ -61,7 +62,10 @@ def build_app(
         access.check_admin(_headers(), loopback=_is_loopback(request.remote_addr or ""))
         if request.method != "POST":
             _check_deliberate()
-        status, document = await act(await _body())
+        document = await _body()
+        if request.method == "GET" and "node" in request.args:
+            document = {**document, "node": request.args["node"]}
+        status, document = await act(document)
         return _answer(document, status)
 
     @app.errorhandler(Exception)
@@ -103,6 +107,7 @@ def build_app(
         return await app.send_static_file("index.html")
 
     add_admin_routes(app, administration, perform)
+    add_access_route(app, access)
     if state is not None:
         add_state_routes(app, state, lambda: access.check(_headers()))
         add_acts(app, {"/admin/cancel": ("POST", state.cancel)}, perform)

@@ -14,6 +14,7 @@ import msgspec
 import trio
 
 import llamesh
+from llamesh.errors import Forbidden
 from llamesh.net.exchange import UpstreamBroken
 from llamesh.telemetry.logs import get_logger
 from llamesh.web.attention import Finding
@@ -166,18 +167,31 @@ class PeerStates:
     # Acts and questions.
 
     async def cancel(self, id: str) -> str:  # noqa: A002
-        """Have the peer that has it end a request; who did, "" when nobody knows it."""
+        """Have the peer that has it end a request; who did, "" when nobody knows it. Raises Forbidden when
+        one that has it doesn't let us.
+        """
+        from llamesh.mesh.calls import call
+
         body = msgspec.json.encode(Wanted(id))
         found: list[str] = []
+        refused: list[str] = []
 
         async def ask(peer: Peer) -> None:
-            if await self._call(peer, CANCEL, body, bytes) is not None:
-                found.append(peer.node)
+            try:
+                status, data = await call(peer.links, "POST", CANCEL, body, seconds=_PATIENCE)
+                if status == 200:
+                    found.append(peer.node)
+                elif status == 403:
+                    refused.append(str(msgspec.json.decode(data)["error"]["message"])[:2000])
+            except (UpstreamBroken, ValueError, LookupError, TypeError) as error:
+                log.debug("can't cancel", peer=peer.node, error=str(error))
 
         async with trio.open_nursery() as nursery:
             for peer in self._mesh.peers:
                 if peer.alive:
                     nursery.start_soon(ask, peer)
+        if refused and not found:
+            raise Forbidden(refused[0])
         return found[0] if found else ""
 
     async def records(self, id: str, nodes: frozenset[str] | None) -> list[Request]:  # noqa: A002

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Literal
 
 import trio
 
@@ -80,6 +81,11 @@ class OwnState:
     def node_id(self) -> str:
         """Of this node."""
         return self._store.current.settings.node_id
+
+    @property
+    def accepts_administration(self) -> bool:
+        """Whether operators of other nodes may do something here."""
+        return self._store.current.settings.cluster.accept_administration
 
     def part(self) -> Part:
         """Everything, as it is now."""
@@ -159,6 +165,8 @@ class OwnState:
             queue=self._dispatch.queue_length(),
             running=sum(child.busy_slots for child in self._pool.all()),
             problems=problems[:64],
+            accepts_administration=self.accepts_administration,
+            drained=self._dispatch.drained,
         )
 
     def _memory(self) -> Memory:
@@ -210,7 +218,14 @@ class OwnState:
             round(tps, 1) or None,
             size.need.vram if size is not None and known else None,
             size.need.sysmem if size is not None and known else None,
+            self._download(profile) if state == "missing" else None,
         )
+
+    def _download(self, profile: CookbookProfile) -> Literal["needed", "coming"] | None:
+        weights = self._pool.weights
+        if weights.lacking(profile) is None:
+            return None
+        return "coming" if weights.progress(profile) is not None else "needed"
 
     def _situation(self, profile: CookbookProfile) -> tuple[CellState, str]:
         """State of a cell, and why."""

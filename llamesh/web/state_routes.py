@@ -11,7 +11,7 @@ import trio
 from quart import Response, request
 from quart_trio import QuartTrio
 
-from llamesh.errors import CancelledByOperator, InvalidRequest, NotFound
+from llamesh.errors import CancelledByOperator, Forbidden, InvalidRequest, NotFound
 from llamesh.telemetry.logs import get_logger
 from llamesh.web.access import Access
 from llamesh.web.direct import Call, only_get
@@ -140,7 +140,14 @@ class StateApi:
             return 200, msgspec.json.encode(Samples(list(self.own.ring.samples)))
 
         async def cancel(peer: str, body: bytes) -> tuple[int, bytes]:
-            done = self._cancel(_wanted(body), f"an operator at node {peer}, by way")
+            id = _wanted(body)  # noqa: A001
+            record = self.own.recorder.live.get(id)
+            if record is not None and record.origin != peer and not self.own.accepts_administration:
+                raise Forbidden(
+                    f"node {self.own.node_id} takes no administration from other nodes "
+                    "(cluster.accept_administration is false there); ask that node itself"
+                )
+            done = self._cancel(id, f"an operator at node {peer}, by way")
             return (200 if done else 404), b"{}"
 
         async def request(peer: str, body: bytes) -> tuple[int, bytes]:

@@ -76,7 +76,8 @@ class Node(msgspec.Struct, frozen=True, kw_only=True):
     """One node. self: it is the one that was asked; ready: it takes requests, reason: why not; started: when;
     last_seen: its last sign of life; fresh: what it says of itself was asked for a moment ago (else it is
     older, and comes from gossip where nothing else is known); queue: requests that wait there, running: those
-    that are being answered by its instances; link: null for the node itself.
+    that are being answered by its instances; link: null for the node itself. accepts_administration: whether
+    operators of other nodes may do something there; drained: by an operator; both null = it never said.
     """
 
     id: Text
@@ -97,6 +98,8 @@ class Node(msgspec.Struct, frozen=True, kw_only=True):
     running: int | None = None
     link: Link | None = None
     problems: Annotated[list[Text], msgspec.Meta(max_length=64)] = []
+    accepts_administration: bool | None = None
+    drained: bool | None = None
 
 
 Level = Literal["error", "warning"]
@@ -107,7 +110,8 @@ class Cell(msgspec.Struct, frozen=True):
     """A model on a node. state: `fits`: it could be started now; `needs_eviction`: others would have to leave
     first, or there is no room at the moment (`why`); `missing`: its file isn't there, or has to be
     downloaded first; `never`: it can't or may not run there; `failed`: its last starts failed. instances:
-    how many aren't gone; tps: of one answer, a mean.
+    how many aren't gone; tps: of one answer, a mean. download: of `missing`, whether its weights have to be
+    fetched, or are on their way (`why` says how far); null where there is nothing to fetch.
     """
 
     state: CellState
@@ -117,6 +121,7 @@ class Cell(msgspec.Struct, frozen=True):
     tps: float | None = None
     estimate_vram: int | None = None
     estimate_ram: int | None = None
+    download: Literal["needed", "coming"] | None = None
 
 
 class Profile(msgspec.Struct, frozen=True):

@@ -1,90 +1,37 @@
-"""The dashboard in a real browser: Debian's chromium, headless, driven by Playwright.
-
-With `LLAMESH_TEST_SCREENSHOTS` naming a directory, what it looks like is written there.
-"""
+"""What the dashboard shows, in a real browser; `LLAMESH_TEST_SCREENSHOTS=DIR` keeps what it looks like."""
 
 from __future__ import annotations
 
-import os
-import shutil
-from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import asynccontextmanager, contextmanager
+import re
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import httpx
-import pytest
 import trio
 
 from tests.end_to_end.cookbooks import cookbook, profile
 from tests.end_to_end.mesh.parts import fakes
+from tests.support.browser import (
+    PATIENCE_MS,
+    PHONE,
+    SCREENSHOTS,
+    WATCH_SHIFTS,
+    browser_page,
+    faint,
+    live,
+    look,
+    needs_chromium,
+    no_overflow,
+    shoot,
+)
 from tests.support.fake import FAKE_LLAMA_SERVER
 from tests.support.fake_nvml import FakeDevice, FakeNvml, build_library
 from tests.support.mesh import Mesh, running_mesh
-from tests.support.node import PATIENCE_SECONDS, running_node
+from tests.support.node import running_node
 
-playwright = pytest.importorskip("playwright.sync_api", reason="playwright isn't installed")
-
-CHROMIUM = shutil.which("chromium")
-pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="there is no chromium on PATH")
-
-SCREENSHOTS = os.environ.get("LLAMESH_TEST_SCREENSHOTS", "")
-PATIENCE_MS = PATIENCE_SECONDS * 1000
-DESKTOP = {"width": 1280, "height": 900}
-PHONE = {"width": 360, "height": 780}
-
-T = TypeVar("T")
-
-
-@contextmanager
-def browser_page(url: str, *, expected: tuple[str, ...] = (), **context: Any) -> Iterator[Any]:
-    """The dashboard at `url`, live or asking for a key. Whatever the browser complains about fails the test,
-    but for console messages with one of `expected` in them; so does any request to somebody else.
-    """
-    complaints: list[str] = []
-
-    def on_console(message: Any) -> None:
-        if message.type in ("error", "warning") and not any(part in message.text for part in expected):
-            complaints.append(f"{message.type}: {message.text} ({message.location})")
-
-    def on_request(request: Any) -> None:
-        if not request.url.startswith(url):
-            complaints.append(f"asked {request.url}")
-
-    with playwright.sync_playwright() as driver:
-        # Root has no sandbox of chromium's; /dev/shm is small in containers.
-        arguments = ["--disable-dev-shm-usage", *(["--no-sandbox"] if os.geteuid() == 0 else [])]
-        browser = driver.chromium.launch(executable_path=CHROMIUM, args=arguments)
-        try:
-            page = browser.new_context(
-                **{"viewport": DESKTOP, "reduced_motion": "reduce", **context}
-            ).new_page()
-            page.set_default_timeout(PATIENCE_MS)
-            page.on("console", on_console)
-            page.on("pageerror", lambda error: complaints.append(f"exception: {error}"))
-            page.on("request", on_request)
-            page.goto(f"{url}/ui/")
-            yield page
-        finally:
-            browser.close()
-    assert complaints == []
-
-
-async def look(act: Callable[[], T]) -> T:
-    """Run something that uses the browser: its interface blocks, so in a thread."""
-    return await trio.to_thread.run_sync(act)
-
-
-def live(page: Any) -> None:
-    """Wait until the page has the state and goes on with it."""
-    page.locator("#link", has_text="live").wait_for()
-    page.locator("body[data-ready]").wait_for()
-
-
-def no_overflow(page: Any) -> None:
-    """Nothing sticks out at the side."""
-    wide = page.evaluate("document.documentElement.scrollWidth - document.documentElement.clientWidth")
-    assert wide <= 0, f"the page is {wide} pixels wider than the window"
+pytestmark = needs_chromium
 
 
 @asynccontextmanager
@@ -102,7 +49,7 @@ async def lively_mesh(directory: Path) -> AsyncIterator[Mesh]:
         directory / "models",
         entry={"estimated_vram_mb": 6000, "estimated_sysmem_mb": 900},
         qwen3={"slots": 4, "token_delay": 0.02},
-        gemma3={"slots": 2},
+        gemma3={"slots": 2, "token_delay": 0.03},
         broken={"exit_at_start": {"code": 1, "lines": ["error: tensor 'blk.0.attn_q.weight' not found"]}},
         mistral={"slots": 2, "ready_when": later},
     )
@@ -114,7 +61,8 @@ async def lively_mesh(directory: Path) -> AsyncIterator[Mesh]:
             "description": "no file",
         }
     )
-    theirs = fakes(directory / "theirs", phi4={"slots": 1, "token_delay": 0.05}, gemma3={"slots": 2})
+    slow = {"slots": 2, "token_delay": 0.03}
+    theirs = fakes(directory / "theirs", phi4={"slots": 1, "token_delay": 0.05}, gemma3=slow)
     async with running_mesh(
         directory,
         {"atlas": mine, "borealis": theirs},
@@ -143,7 +91,12 @@ async def test_it_shows_the_whole_mesh(tmp_path: Path) -> None:
                     except httpx.HTTPError:
                         await trio.sleep(0.1)
 
-        for member, model in ((atlas, "qwen3"), (atlas, "qwen3"), (atlas, "phi4"), (borealis, "qwen3")):
+        for member, model in (
+            (atlas, "qwen3"),
+            (atlas, "phi4"),
+            (borealis, "qwen3"),
+            *[(atlas, "gemma3")] * 3,
+        ):
             clients.start_soon(talk, member, model)
         clients.start_soon(talk, atlas, "mistral")
 
@@ -162,18 +115,30 @@ async def test_it_shows_the_whole_mesh(tmp_path: Path) -> None:
                 assert page.locator("#calm").is_hidden()
                 path = page.locator("td.path", has_text="atlas → borealis")
                 path.first.wait_for()
-                # The row that is open stays open, and in place, while everything goes on.
-                page.locator("#request-rows tr", has=path).first.locator(".toggle").click()
-                page.locator(".detail-row").wait_for()
-                page.locator("#log-model").select_option("qwen3:default")
+                # Why it went there, in milliseconds, for both nodes; the row stays open while all goes on.
+                forwarded = page.locator("#request-rows tr", has=path).filter(has_text="gemma3")
+                forwarded.first.wait_for(timeout=3 * PATIENCE_MS)  # a third one, beside two long ones
+                forwarded.first.locator(".toggle").click()
+                for node in ("atlas", "borealis"):
+                    told = page.locator(".detail-row .candidates li", has_text=node).inner_text()
+                    assert re.search(r"\d ms|\d s", told), told
+                    assert "decode" in told
+                row = page.locator("#instance-rows tr", has_text="phi4:default#1")
+                row.get_by_role("button", name="Log").click()
                 page.locator("#log-lines > div", has_text="request POST").first.wait_for()
+                assert page.locator("#log-child").input_value() == "phi4:default#1"
+                page.evaluate("scrollTo(0, 0)")
                 no_overflow(page)
-                if SCREENSHOTS:
-                    page.wait_for_timeout(25_000)  # for something to see in the charts
+                assert faint(page) == []
+                page.evaluate(WATCH_SHIFTS)
+                page.wait_for_timeout(25_000 if SCREENSHOTS else 4000)
+                moved = page.evaluate("window.moved")
+                assert moved < 0.01, f"things on the page jump ({moved})"
                 shoot(page, "light", "#main")
                 page.locator("#theme").click()
                 page.locator("#theme").click()
                 assert page.evaluate("document.documentElement.dataset.theme") == "dark"
+                assert faint(page) == []
                 shoot(page, "dark", "#instances")
                 page.set_viewport_size(PHONE)
                 no_overflow(page)
@@ -186,14 +151,6 @@ async def test_it_shows_the_whole_mesh(tmp_path: Path) -> None:
         clients.cancel_scope.cancel()
 
 
-def shoot(page: Any, name: str, section: str) -> None:
-    """Keep what it looks like from a section on, where that is wanted."""
-    if SCREENSHOTS:
-        page.evaluate("document.activeElement.blur()")
-        page.locator(section).evaluate("element => element.scrollIntoView()")
-        page.screenshot(path=str(Path(SCREENSHOTS) / f"{name}.png"))
-
-
 async def test_a_chat_is_streamed_and_a_model_unloaded(tmp_path: Path, tiny_model: Path) -> None:
     async with running_node(tmp_path, cookbook(tiny=profile(tiny_model))) as node:
 
@@ -204,15 +161,20 @@ async def test_a_chat_is_streamed_and_a_model_unloaded(tmp_path: Path, tiny_mode
                 assert page.locator("#instances-empty").is_visible()
                 # The model is found by typing, with the keyboard alone.
                 page.locator("#chat-model").focus()
+                page.locator("#chat-model").click()
                 page.keyboard.type("tin")
                 page.keyboard.press("Enter")
                 page.locator("#chat-tokens").fill("24")
+                place = "document.getElementById('chat').offsetTop"
+                before = page.evaluate(place)
                 page.locator("#question").fill("Hello <b>there</b>")
                 page.keyboard.press("Enter")
+                page.locator("#instance-rows tr").wait_for()
                 page.locator("#chat-figures", has_text="24 tokens").wait_for()
                 figures = page.locator("#chat-figures").inner_text()
                 assert "first token" in figures
                 assert "tokens/s" in figures
+                assert abs(page.evaluate(place) - before) <= 2, "the chat jumps when it is used"
                 assert page.locator(".said-by.model .body").inner_text()
                 assert page.locator(".said-by.user .body").inner_text() == "Hello <b>there</b>"
                 assert page.locator("#talk b").count() == 0
@@ -235,7 +197,7 @@ async def test_a_chat_is_streamed_and_a_model_unloaded(tmp_path: Path, tiny_mode
                 page.locator("#request-rows .toggle").first.click()
                 page.locator(".detail-row", has_text="served by node-a").wait_for()
                 # Loaded again, before anyone asks.
-                page.locator("tr[data-model='tiny:default']").get_by_role("button", name="Load").last.click()
+                page.locator("tr[data-model='tiny:default']").get_by_role("button", name="Load…").click()
                 shoot(page, "load", "#models")
                 page.locator("#sheet").get_by_role("button", name="Load", exact=True).click()
                 page.locator("tr[data-model='tiny:default'] .badge", has_text="loaded").wait_for()
@@ -264,21 +226,6 @@ async def test_a_request_is_cancelled_and_a_chat_stopped(tmp_path: Path) -> None
                         page.locator(".said-by.wrong", has_text="cancelled").wait_for()
                     page.locator("#requests-empty").wait_for()
                     assert page.locator("#send").is_visible()
-
-        await look(use)
-
-
-async def test_a_node_is_drained_and_comes_back(tmp_path: Path) -> None:
-    async with running_node(tmp_path, fakes(tmp_path, m={}), binary_path=FAKE_LLAMA_SERVER) as node:
-
-        def use() -> None:
-            with browser_page(node.url) as page:
-                live(page)
-                for act, state in (("Drain", "takes no requests"), ("Undrain", "ready")):
-                    page.locator(f"#node-cards [data-act={act.lower()}]").click()
-                    page.locator("#sheet").get_by_role("button", name=act, exact=True).click()
-                    page.locator("#node-cards .node .badge", has_text=state).wait_for()
-                page.locator("#sheet").wait_for(state="hidden")
 
         await look(use)
 

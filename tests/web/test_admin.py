@@ -62,6 +62,14 @@ def status_of(node: Served, path: str, document: Any = None, lane: str = "fast")
         ("/admin/unload", {"model": None}),
         ("/admin/unload", {"model": 7}),
         ("/admin/unload", {"modell": "m"}),
+        ("/admin/drain", {"nodes": "node-b"}),
+        ("/admin/drain", {"node": ""}),
+        ("/admin/drain", {"node": None}),
+        ("/admin/drain", {"node": "node-b"}),
+        ("/admin/undrain", {"node": ["node-a"]}),
+        ("/admin/reload", {"model": "m"}),
+        ("/admin/prewarm", {"model": "m", "profile": "x"}),
+        ("/admin/prewarm", {"model": "m", "node": "node-b"}),
         ("/models/load", {}),
         ("/models/unload", {}),
         ("/admin/pause", {"seconds": "30m"}),
@@ -160,6 +168,19 @@ def test_drain_and_undrain(ruled: Served, lane: str) -> None:
     assert tell(ruled, "/admin/undrain") == {"status": "ready"}
     assert ruled.ask(lane, CHAT).status == 200
     assert ruled.page("/readyz")["status"] == "ready"
+
+
+def test_this_node_by_its_name(ruled: Served) -> None:
+    """As if it hadn't been named, but that the answer says it, too."""
+    me = {"node": "node-a"}
+    assert tell(ruled, "/admin/drain", me) == {"status": "draining", **me}
+    assert tell(ruled, "/admin/undrain", me) == {"status": "ready", **me}
+    assert tell(ruled, "/admin/prewarm", {"model": "m", **me}) == {"model": "m", "status": "loaded", **me}
+    assert tell(ruled, "/admin/unload", {"model": "m", **me})["node"] == "node-a"
+    for path in ("/admin/builds?node=node-a", "/unload?node=node-a"):
+        assert ruled.page(path)["node"] == "node-a"
+    reply = ruled.ask("fast", None, "/admin/builds?node=node-b", method="GET")
+    assert (reply.status, "node-a is alone" in reply.error["message"]) == (400, True)
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,7 @@ try {
 
 const waiting = new Set();
 let askForKey = () => {};
+let tellRights = () => {};
 
 export const hasKey = () => memory !== "";
 
@@ -24,6 +25,12 @@ export function setKey(key) {
     // See above.
   }
   for (const resume of [...waiting]) resume();
+  tellRights();
+}
+
+/** `listener` is called whenever what the viewer may do is perhaps another than before. */
+export function onRights(listener) {
+  tellRights = listener;
 }
 
 /** Who shows the dialog: called with what the node said. */
@@ -71,6 +78,7 @@ export async function call(path, { headers = {}, ...options } = {}) {
     // No error of ours: shown as it is.
   }
   if (response.status === 401) askForKey(memory ? message : "");
+  if (response.status === 403) tellRights(); // what the key may has changed, perhaps
   throw new Refused(response.status, message, Number(response.headers.get("retry-after")) || 0);
 }
 

@@ -1,11 +1,19 @@
 // The playground: a conversation with a model, streamed, by the way that any client's request takes.
 
 import { call, explain, get } from "./api.js";
+import { faceOf } from "./cells.js";
 import { Combo } from "./combo.js";
 import { at, el, setText, show } from "./dom.js";
 import { count, duration, speed } from "./format.js";
 import { Prose } from "./prose.js";
 import { events } from "./sse.js";
+
+// The sooner it would answer, the earlier; what has to be downloaded comes after all of these.
+const SOONEST = ["loaded", "loading", "fits", "needs_eviction"];
+const rankOf = (cell) => {
+  const place = SOONEST.indexOf(cell.state);
+  return place >= 0 ? place : SOONEST.length + (cell.download ? 0 : 1);
+};
 
 const KINDS = ["embedding", "rerank"]; // nothing to chat with
 
@@ -37,8 +45,11 @@ export function setUpChat() {
 
 export function showChatModels(document) {
   combo.setItems(document.models.filter((one) => !KINDS.includes(one.kind)).map((one) => {
-    const states = Object.values(one.nodes).map((cell) => cell.state);
-    return { value: one.name, note: one.description, first: states.includes("loaded") };
+    const cells = Object.entries(one.nodes);
+    const rank = Math.min(...cells.map(([, cell]) => rankOf(cell)));
+    const best = cells.filter(([, cell]) => rankOf(cell) === rank);
+    const where = best.length ? `${faceOf(best[0][1]).text} on ${best.map(([node]) => node).join(", ")}` : "";
+    return { value: one.name, note: [where, one.description].filter(Boolean).join(" · "), rank };
   }));
 }
 

@@ -8,7 +8,10 @@ export class Combo {
   constructor(input, list) {
     Object.assign(this, { input, list, items: [], marked: -1, value: "" });
     input.addEventListener("focus", () => input.select());
-    input.addEventListener("click", () => this.open(""));
+    input.addEventListener("click", () => {
+      input.select(); // what is typed next takes the place of the choice
+      this.open("");
+    });
     input.addEventListener("input", () => this.open(input.value));
     input.addEventListener("keydown", (event) => this.key(event));
     input.addEventListener("blur", () => this.close());
@@ -20,12 +23,11 @@ export class Combo {
     });
   }
 
-  /** items: [{value, note}]. The choice stays; without one the first is taken. */
+  /** items: [{value, note, rank}]. The choice stays; without one that of the least rank is taken. */
   setItems(items) {
     this.items = items;
     if (!items.some((one) => one.value === this.value) && items.length) {
-      const loaded = items.find((one) => one.first) ?? items[0];
-      this.value = loaded.value;
+      this.value = items.reduce((best, one) => (one.rank < best.rank ? one : best)).value;
       if (document.activeElement !== this.input) this.input.value = this.value;
     }
     if (!items.length) this.input.value = this.value = "";

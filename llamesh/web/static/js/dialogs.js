@@ -49,6 +49,8 @@ export function sheet(title, body, acts = []) {
   });
   at("sheet-acts").replaceChildren(close, ...made);
   if (!dialog.open) dialog.showModal();
+  // What was focused may be gone. Where something is chosen, there; else on what does no harm.
+  (at("sheet-body").querySelector("select, button:not(:disabled)") ?? close).focus();
 }
 
 /** Ask whether to do it. */

@@ -3,6 +3,7 @@
 import { askToUnload } from "./acts.js";
 import { at, badge, button, el, keyed, setAttribute, setBadge, setText, show } from "./dom.js";
 import { age, count, duration, moment, size, speed } from "./format.js";
+import { allow, whyNotAt } from "./may.js";
 
 const LOOKS = { ready: "good", starting: "busy", draining: "busy", stopping: "off" };
 const SHOWN_SLOTS = 12;
@@ -25,8 +26,8 @@ function make() {
   };
   parts.stateCell.append(parts.state, parts.why);
   parts.slotCell.append(parts.slots, parts.busy);
-  parts.log = button("Log", () => openLog(parts.one.model, parts.one.node));
-  parts.unload = button("Unload…", () => askToUnload(parts.one.model, last), { "data-act": "unload" });
+  parts.log = button("Log", () => openLog(parts.one.model, parts.one.node, parts.one.id));
+  parts.unload = button("Unload…", () => askToUnload(parts.one.model, parts.one.node, last), { "data-act": "unload" });
   parts.acts.append(parts.log, parts.unload);
   parts.root = el("tr", {}, parts.id, parts.node, parts.stateCell, parts.slotCell, parts.queue, parts.tps,
     parts.age, parts.load, parts.vram, parts.ram, parts.pid, parts.acts);
@@ -45,6 +46,8 @@ function update(parts, one, now) {
   parts.one = one;
   setText(parts.id, one.id);
   setText(parts.node, one.node);
+  setAttribute(parts.log, "aria-label", `Log of ${one.id} on ${one.node}`);
+  setAttribute(parts.unload, "aria-label", `Unload… ${one.id} on ${one.node}`);
   setBadge(parts.state, LOOKS[one.state] ?? "off", one.on_cpu ? `${one.state} · CPU` : one.state);
   setText(parts.why, one.reason ?? "");
   showSlots(parts, one);
@@ -59,9 +62,7 @@ function update(parts, one, now) {
   setAttribute(parts.vram, "title", `seen ${size(one.vram)}, counted ${size(one.reserved_vram)}`);
   setAttribute(parts.ram, "title", `seen ${size(one.ram)}, counted ${size(one.reserved_ram)}`);
   setText(parts.pid, one.pid === null ? "–" : String(one.pid));
-  const own = one.node === last.node_id;
-  parts.unload.disabled = !own || one.state === "stopping";
-  setAttribute(parts.unload, "title", own ? "" : `open the dashboard of ${one.node} to unload it there`);
+  allow(parts.unload, one.state === "stopping" ? "it is ending" : whyNotAt(last.nodes.find((node) => node.id === one.node)));
 }
 
 export function showInstances(document, now) {

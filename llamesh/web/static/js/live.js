@@ -9,7 +9,7 @@ const LAST_RETRY_MS = 15_000;
 const HIDDEN_MS = 60_000; // a page that nobody sees lets go of the stream
 
 export class Live {
-  /** onChange(document, names of the sections that changed); onStatus(look, text, canRetry). */
+  /** onChange(document, names of the sections that changed, whether all of it is new); onStatus(look, text, canRetry). */
   constructor(onChange, onStatus) {
     this.onChange = onChange;
     this.onStatus = onStatus;
@@ -85,10 +85,10 @@ export class Live {
     this.onStatus("good", "live", false);
     if (event === "snapshot") {
       this.document = told;
-      this.onChange(told, Object.keys(told));
+      this.onChange(told, Object.keys(told), true);
     } else if (event === "change" && this.document) {
       Object.assign(this.document, told);
-      this.onChange(this.document, Object.keys(told));
+      this.onChange(this.document, Object.keys(told), false);
     }
   }
 

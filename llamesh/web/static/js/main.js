@@ -10,6 +10,7 @@ import { plural } from "./format.js";
 import { setUpInstances, showInstances } from "./instances.js";
 import { Live } from "./live.js";
 import { openLog, setUpLogs, showLogChoices } from "./logs.js";
+import { askWhetherAllowed, setUpMay } from "./may.js";
 import { setUpMatrix, showMatrix } from "./matrix.js";
 import { showNodes } from "./nodes.js";
 import { refreshEnded, setUpRequests, showRequests } from "./requests.js";
@@ -17,7 +18,7 @@ import { refreshEnded, setUpRequests, showRequests } from "./requests.js";
 // View -> the sections that it shows.
 const VIEWS = [
   [(d) => showAttention(d, live.now()), ["attention", "nodes"]],
-  [(d) => showNodes(d, live.now()), ["nodes"]],
+  [(d) => showNodes(d, live.now()), ["nodes", "instances"]],
   [showMatrix, ["models", "nodes"]],
   [(d) => showInstances(d, live.now()), ["instances", "models"]],
   [showRequests, ["requests"]],
@@ -60,7 +61,10 @@ function plan(names) {
 }
 
 const live = new Live(
-  (_, names) => plan(names),
+  (_, names, isNew) => {
+    plan(names);
+    if (isNew) askWhetherAllowed();
+  },
   (look, text, canRetry) => {
     setLook(at("link"), look);
     setText(at("link"), text);
@@ -70,6 +74,7 @@ const live = new Live(
 );
 
 setUpDialogs();
+setUpMay(() => plan(["nodes", "models", "instances", "requests"]), () => live.document !== null);
 setUpCharts();
 setUpMatrix(openLog);
 setUpInstances(openLog);

@@ -1,9 +1,10 @@
 // Models x nodes: what is loaded where, what could be, and what can't.
 
 import { askToLoad, showCell } from "./acts.js";
-import { CELLS } from "./cells.js";
+import { faceOf } from "./cells.js";
 import { at, badge, button, el, keyed, setAttribute, setBadge, setText, show } from "./dom.js";
 import { count, speed } from "./format.js";
+import { allow, whyNotAnywhere } from "./may.js";
 
 let last = null;
 let openLog = () => {};
@@ -30,11 +31,12 @@ function updateCell(parts, model, nodeId) {
   show(parts.button, Boolean(cell));
   show(parts.none, !cell);
   if (!cell) return;
-  const { look, text } = CELLS[cell.state] ?? CELLS.unknown;
+  const { look, text } = faceOf(cell);
   setBadge(parts.state, look, text);
   const more = [];
   if (cell.instances > 1) more.push(`×${count(cell.instances)}`);
   if (cell.tps && cell.state === "loaded") more.push(`${speed(cell.tps)} t/s`);
+  if (cell.download === "coming" && cell.why) more.push(cell.why.replace(/^downloading [^,]*, /, ""));
   if (cell.queue) more.push(`${count(cell.queue)} waiting`);
   setText(parts.more, more.join(" · "));
   setAttribute(parts.button, "title", cell.why ?? "");
@@ -50,7 +52,7 @@ function makeRow(model) {
   parts.load = button("Load…", () => {
     const now = last.models.find((one) => one.key === model.key);
     if (now) askToLoad(now, last);
-  }, { "aria-label": `Load ${model.name}` });
+  }, { "aria-label": `Load… ${model.name}` });
   // Cells come between the head and what follows it, by a list of their own.
   parts.root = el("tr", { "data-model": model.key }, parts.head, parts.context, el("td", { look: "end" }, parts.load));
   parts.byNode = new Map();
@@ -58,6 +60,7 @@ function makeRow(model) {
 }
 
 function updateRow(parts, model, nodes) {
+  allow(parts.load, whyNotAnywhere());
   setText(parts.name, model.name);
   setText(parts.about, model.description || model.kind);
   setAttribute(parts.head, "title", model.description);

@@ -1,11 +1,13 @@
 // One card for each node: its state, its memory, its load, and how it is reached.
 
-import { post } from "./api.js";
-import { confirmAct } from "./dialogs.js";
+import { askToDrain, showNodeActs } from "./acts.js";
 import { at, badge, button, el, keyed, setAttribute, setBadge, setText, show } from "./dom.js";
-import { age, count, duration, moment, plural, size } from "./format.js";
+import { age, count, duration, moment, size } from "./format.js";
+import { allow, whyNotAt } from "./may.js";
 
-const PARTS = ["ours", "others", "open", "held"];
+const PARTS = ["ours", "promised", "others", "open", "held"];
+
+let last = null;
 
 /** The address of another node's dashboard, null where there is none that a browser could open. */
 export function dashboardOf(node) {
@@ -27,7 +29,8 @@ function makeBar(name) {
   return { root, bar, parts, figures, name };
 }
 
-function updateBar(made, room, nothing) {
+/** `used`: MiB that our instances hold, as far as they were seen; what is counted for them beyond that is promised. */
+function updateBar(made, room, used, nothing) {
   const total = room.total ?? room.max;
   const whole = total > 0;
   show(made.bar, whole);
@@ -35,17 +38,19 @@ function updateBar(made, room, nothing) {
     setText(made.figures, nothing);
     return;
   }
-  const ours = room.reserved ?? 0;
+  const counted = room.reserved ?? 0;
+  const ours = Math.min(used, counted);
   const others = Math.max(0, room.external ?? 0);
-  const open = Math.max(0, Math.min(room.free ?? total - ours - others, total - ours - others));
-  const values = { ours, others, open, held: Math.max(0, total - ours - others - open) };
+  const rest = total - counted - others;
+  const open = Math.max(0, Math.min(room.free ?? rest, rest));
+  const values = { ours, promised: counted - ours, others, open, held: Math.max(0, rest - open) };
   for (const part of PARTS) {
     const share = `${((100 * values[part]) / total).toFixed(2)}%`;
     if (made.parts[part].style.width !== share) made.parts[part].style.width = share;
   }
   const text = `${size(room.free)} free of ${size(total)}`;
   setText(made.figures, text);
-  const said = `ours ${size(room.reserved)}, other programs ${size(room.external)}, free for models ` +
+  const said = `ours ${size(ours)}, reserved for ours ${size(values.promised)}, other programs ${size(room.external)}, free for models ` +
     `${size(room.free)}, kept back ${size(values.held)}, total ${size(total)}`;
   setAttribute(made.bar, "aria-label", `${made.name}: ${said}`);
   setAttribute(made.bar, "title", `${said}; in use by anybody ${size(room.used)}`);
@@ -62,23 +67,12 @@ function make() {
   parts.drain = button("Drain…", () => askToDrain(parts.node, true), { "data-act": "drain" });
   parts.undrain = button("Undrain…", () => askToDrain(parts.node, false), { "data-act": "undrain" });
   parts.link = el("a", { text: "Its dashboard", target: "_blank", rel: "noreferrer noopener" });
-  parts.acts.append(parts.drain, parts.undrain, parts.link);
+  parts.more = button("More…", () => showNodeActs(parts.node, last), { "data-act": "more" });
+  parts.acts.append(parts.drain, parts.undrain, parts.more, parts.link);
   parts.root = el("article", { look: "card node" },
     el("div", { look: "line" }, parts.name, parts.self, parts.state),
     parts.vram.root, parts.ram.root, parts.devices, parts.facts, parts.problems, parts.about, parts.acts);
   return parts;
-}
-
-function askToDrain(node, drain) {
-  if (drain) {
-    confirmAct(`Drain ${node.id}?`,
-      `It takes no new requests until you undrain it. Those that are here (${plural(node.running ?? 0, "runs", "run")}, ` +
-      `${plural(node.queue ?? 0, "waits", "wait")}) are finished.`,
-      "Drain", async () => { await post("admin/drain", {}); return `${node.id} is draining`; }, { danger: true });
-  } else {
-    confirmAct(`Undrain ${node.id}?`, "It takes requests again.", "Undrain",
-      async () => { await post("admin/undrain", {}); return `${node.id} takes requests again`; });
-  }
 }
 
 function stateOf(node) {
@@ -95,8 +89,9 @@ function update(parts, node, now) {
   show(parts.self, node.self);
   const [look, text] = stateOf(node);
   setBadge(parts.state, look, text, node.reason ?? "");
-  updateBar(parts.vram, node.memory.vram, node.devices.length ? "not known" : "no GPU");
-  updateBar(parts.ram, node.memory.ram, "not known");
+  const held = (name) => last.instances.reduce((sum, one) => sum + (one.node === node.id ? one[name] ?? 0 : 0), 0);
+  updateBar(parts.vram, node.memory.vram, held("vram"), node.devices.length ? "not known" : "no GPU");
+  updateBar(parts.ram, node.memory.ram, held("ram"), "not known");
   keyed(parts.devices, node.devices.map((one, index) => ({ ...one, index })), (one) => one.index,
     () => el("li"), (row, one) => {
       const load = one.utilization === null ? "" : ` · ${Math.round(one.utilization * 100)} % busy`;
@@ -113,19 +108,27 @@ function update(parts, node, now) {
   if (!node.ready && node.reason) problems.unshift(node.reason);
   if (node.link?.breaker && !["closed", "ok"].includes(node.link.breaker)) problems.push(`breaker: ${node.link.breaker}`);
   if (node.link?.problem) problems.push(`the last try failed: ${node.link.problem}`);
+  if (!node.fresh && node.status === "alive") problems.push("it can't be asked from here: little is known, and may be old");
   if (node.status === "suspect" && node.last_seen) problems.push(`last heard of ${age(now - node.last_seen)} ago`);
   keyed(parts.problems, [...new Set(problems)], (text_) => text_, (text_) => el("li", { text: text_ }), () => {});
   const engine = [node.engine, node.engine_version].filter(Boolean).join(" ");
   setText(parts.about, [node.version && `llamesh ${node.version}`, engine && `engine ${engine}`, node.address].filter(Boolean).join(" · "));
   setAttribute(parts.about, "title", node.started ? `started ${moment(node.started)}` : "");
-  show(parts.drain, node.self && node.ready);
-  show(parts.undrain, node.self && !node.ready);
+  const drained = node.drained ?? !node.ready;
+  show(parts.drain, !drained);
+  show(parts.undrain, drained);
+  const why = whyNotAt(node);
+  for (const act of [parts.drain, parts.undrain, parts.more]) {
+    allow(act, why);
+    setAttribute(act, "aria-label", `${act.textContent} ${node.id}`);
+  }
   const href = dashboardOf(node);
   show(parts.link, href !== null);
   if (href) setAttribute(parts.link, "href", href);
 }
 
 export function showNodes(document, now) {
+  last = document;
   const nodes = [...document.nodes].sort((a, b) => b.self - a.self || a.id.localeCompare(b.id));
   keyed(at("node-cards"), nodes, (node) => node.id, make, (parts, node) => update(parts, node, now));
 }

@@ -5,11 +5,13 @@ import { askToCancel } from "./acts.js";
 import { decisionOf } from "./decision.js";
 import { at, badge, button, el, keyed, setAttribute, setBadge, setText, show } from "./dom.js";
 import { count, duration, moment, plural } from "./format.js";
+import { allow, whyNotAnywhere } from "./may.js";
 
 const LOOKS = { queued: "idle", loading: "busy", forwarded: "busy", prefill: "busy", decode: "good", done: "off" };
 const LISTED = 30;
 const EVERY_MS = 3000;
 const COLUMNS = 10;
+const MOST_KEPT = 480; // pixels
 
 const open = new Set();
 let shown = "live";
@@ -18,9 +20,25 @@ let problem = "";
 let asked = 0;
 let last = null;
 let clock = () => 0;
+let kept = 0; // the height that the list had, in pixels
+
+/** What is below the list stays where it is when requests end: the list keeps its height, until somebody acts. */
+function keepHeight() {
+  const box = at("request-box");
+  const height = Math.min(box.offsetHeight, MOST_KEPT);
+  if (height <= kept) return;
+  kept = height;
+  box.style.minHeight = `${height}px`;
+}
+
+function forgetHeight() {
+  kept = 0;
+  at("request-box").style.minHeight = "";
+}
 
 export function setUpRequests(now) {
   clock = now;
+  window.addEventListener("resize", forgetHeight);
   for (const tab of document.querySelectorAll("#requests [data-show]")) {
     tab.addEventListener("click", () => {
       shown = tab.dataset.show;
@@ -30,6 +48,7 @@ export function setUpRequests(now) {
       ended = [];
       problem = "";
       asked = 0;
+      forgetHeight();
       draw();
       refreshEnded();
     });
@@ -66,10 +85,11 @@ function make(item) {
   parts.toggle = button("", () => {
     if (open.has(item.id)) open.delete(item.id);
     else open.add(item.id);
+    forgetHeight();
     draw();
   }, { look: "toggle", "aria-label": `Details of ${item.id}` });
   parts.fold.append(parts.toggle);
-  parts.cancel = button("Cancel…", () => askToCancel(parts.one), { "data-act": "cancel" });
+  parts.cancel = button("Cancel…", () => askToCancel(parts.one), { "data-act": "cancel", "aria-label": `Cancel… ${item.id}` });
   parts.acts.append(parts.cancel);
   parts.line = el("tr", {}, parts.fold, parts.who, parts.phaseCell, parts.path, parts.ms, parts.prompt,
     parts.cached, parts.tokens, parts.first, parts.acts);
@@ -92,6 +112,7 @@ function update(parts, one) {
   setText(parts.tokens, count(one.tokens));
   setText(parts.first, duration(one.first_token_ms));
   show(parts.cancel, !done);
+  allow(parts.cancel, whyNotAnywhere());
   const isOpen = open.has(one.id);
   setAttribute(parts.toggle, "aria-expanded", String(isOpen));
   if (isOpen) fillDetail(parts, one);
@@ -148,6 +169,7 @@ function draw() {
     failed: "None of the requests that this node remembers has failed.",
   };
   setText(at("requests-empty"), problem || nothing[shown]);
+  keepHeight();
   setText(at("request-count"), last.requests.length ? `${plural(last.requests.length, "live", "live")}` : "");
 }
 
