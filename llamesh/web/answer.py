@@ -66,6 +66,7 @@ class Outcome:
     node: str = ""  # that served it, as the client is told
     queued_seconds: float = 0.0
     first_byte_seconds: float | None = None
+    scan: UsageScan | None = None  # of the answer
     attempts: int = 0
     error: str = ""  # an error's type, "cut" or "cancelled"; empty for an answer that was relayed whole
     retries: tuple[str, ...] = ()  # why forwards came to nothing: an error's type, or "lost"
@@ -134,9 +135,10 @@ async def pass_answer(
         if ask.streams:
             headers.append((b"x-accel-buffering", b"no"))
         sink.start(status, headers, length=response.length)
-    scan = UsageScan(streams=ask.streams)
-    outcome.record.count, outcome.record.phase = scan, "decode"
-    outcome.record.first_token_ms = outcome.first_byte_seconds * 1000
+    scan = outcome.scan = outcome.record.count = UsageScan(
+        streams=ask.streams, after=outcome.first_byte_seconds
+    )
+    outcome.record.phase = "decode"
     feed, take = scan.feed, response.take
     try:
         while True:

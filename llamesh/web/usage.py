@@ -1,16 +1,23 @@
-"""Count tokens from what passes by, without decoding it.
+"""Count tokens, and time them, from what passes by, without decoding it.
 
 llama-server ends each answer, streamed or not, with `usage` and `timings`. Only the last pieces
 of the body are kept, and looked at once, at the end. Inside text a quote is escaped, so the
 patterns can't match what a model wrote.
+
+Time between tokens is taken once a read, not once a token: n events that came with one read, t seconds after
+the one before, are n tokens of t/n each. The last read isn't counted: it ends the answer (`finish_reason`,
+usage, `[DONE]`) and holds one token at most.
 """
 
 from __future__ import annotations
 
 import re
+from bisect import bisect_left
 from collections import deque
+from collections.abc import Callable
+from time import perf_counter
 
-from llamesh.telemetry.stats import Usage
+from llamesh.telemetry.stats import INTER_TOKEN_BOUNDS, Histogram, Usage
 
 # The last event with its usage, the `[DONE]` behind it, and room for both being cut into pieces.
 _KEEP_PIECES = 6
@@ -25,29 +32,105 @@ _NUMBER = re.compile(
 )
 
 
+# The first piece of what a model writes, in any of the dialects: text, a thought, or a call of a tool. What
+# comes before it has these names with null, "" or nothing behind them, or not at all: roles, progress, items
+# that begin.
+_CONTENT = re.compile(
+    rb'"(?:content|reasoning_content|text|delta|thinking|partial_json|arguments|refusal)"\s*:\s*"(?!")'
+    rb'|"tool_calls"\s*:\s*\['
+)
+
+# A stream that has said this much and nothing that looks like content speaks some other dialect.
+_MOST_BEFORE = 512
+
+
 class UsageScan:
-    """Feed it the pieces of a body as they pass; `result` at the end."""
+    """Feed it the pieces of a body as they pass; `result` at the end.
 
-    __slots__ = ("_events", "_pieces", "_start", "_streams")
+    first_token: seconds from the request to the first event with content, None as long as there was none, and
+    of what is no stream.
+    """
 
-    def __init__(self, *, streams: bool) -> None:
+    __slots__ = (
+        "_before",
+        "_clock",
+        "_counts",
+        "_events",
+        "_first",
+        "_first_event",
+        "_gap",
+        "_keep",
+        "_last",
+        "_made",
+        "_pieces",
+        "_start",
+        "_streams",
+        "_timing",
+        "first_token",
+    )
+
+    def __init__(
+        self, *, streams: bool, after: float = 0.0, clock: Callable[[], float] = perf_counter
+    ) -> None:
+        """`after`: seconds since the request; `clock`: seconds since whenever."""
         self._pieces: deque[bytes] = deque(maxlen=_KEEP_PIECES)
+        self._keep = self._pieces.append
         self._streams = streams
-        self._events = 0
         self._start = b""
+        self._clock = clock
+        self._timing = False  # content has come
+        self._before = 0  # events until then, its own read included
+        self._made = clock() - after
+        self._first_event = 0.0
+        # Of the events after that: those of the last read, seconds for each of them, and when it was; and
+        # how many of those before it took how long. They aren't added up in the lists of a profile, where a
+        # read that turns out to be the last couldn't be taken back.
+        self._events = 0
+        self._gap = 0.0
+        self._first = self._last = 0.0
+        self._counts: list[int] = []
+        self.first_token: float | None = None
 
     def feed(self, piece: bytes) -> None:
-        """Note one piece; costs one search in C."""
-        if self._streams:
-            self._events += piece.count(b"data: ")
-        elif not self._pieces:
-            self._start = piece[:_KEEP_START]
-        self._pieces.append(piece)
+        """Note one piece. Of a stream that has begun this costs a search in C and a look at the clock."""
+        if self._timing:
+            events = piece.count(b"data: ")
+            if events:
+                now = self._clock()
+                self._counts[bisect_left(INTER_TOKEN_BOUNDS, self._gap)] += self._events
+                self._gap = (now - self._last) / events
+                self._last = now
+                self._events = events
+        else:
+            self._begin(piece)
+        self._keep(piece)
+
+    def _begin(self, piece: bytes) -> None:
+        if not self._streams:
+            if not self._pieces:
+                self._start = piece[:_KEEP_START]
+            return
+        now = self._clock()
+        if not self._before:
+            self._first_event = now
+        self._before += piece.count(b"data: ")
+        # An event may be cut anywhere; two pieces are nearly always enough to see it whole.
+        has_content = _CONTENT.search(self._pieces[-1] + piece if self._pieces else piece)
+        if has_content or self._before >= _MOST_BEFORE:
+            self._timing = True
+            self.first_token = (now if has_content else self._first_event) - self._made
+            self._first = self._last = now
+            self._counts = [0] * (len(INTER_TOKEN_BOUNDS) + 1)
 
     @property
     def events(self) -> int:
         """Events of a stream so far, about as many as tokens."""
-        return self._events
+        return self._before + sum(self._counts) + self._events
+
+    def add_times(self, histogram: Histogram) -> None:
+        """Count the times between the tokens. The histogram's bounds are INTER_TOKEN_BOUNDS."""
+        if self._timing:
+            histogram.add(self._counts, self._last - self._first - self._gap * self._events)
 
     def result(self) -> Usage:
         """The tokens of the answer; of a stream that was cut, its events so far."""
@@ -60,7 +143,7 @@ class UsageScan:
         if generated is not None:
             usage.completion_tokens = int(float(generated))
         elif self._streams:
-            usage.completion_tokens = self._events
+            usage.completion_tokens = self.events
         cached = int(float(found.get(b"cache_n", 0)))
         read = found.get(b"prompt_tokens") or found.get(b"input_tokens")
         if read is not None:
