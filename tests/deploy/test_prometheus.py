@@ -26,6 +26,7 @@ from tests.support.node import CHECKOUT, clean_environment
 ALERTS = CHECKOUT / "deploy/prometheus/alerts.yml"
 ALERTS_TEST = CHECKOUT / "deploy/prometheus/alerts_test.yml"
 DASHBOARD = CHECKOUT / "deploy/grafana/llamesh.json"
+COMPOSE = CHECKOUT / "deploy/docker/compose.yaml"
 
 # Panels that are empty where all is well, nobody has a key, or there is no GPU.
 MAY_BE_EMPTY = {
@@ -72,9 +73,12 @@ def plain(expression: str) -> str:
     return expression
 
 
+def yaml(path: Path) -> Any:
+    return YAML(typ="safe").load(path.read_text())
+
+
 def rules() -> list[dict[str, Any]]:
-    groups = YAML(typ="safe").load(ALERTS.read_text())["groups"]
-    return [rule for group in groups for rule in group["rules"]]
+    return [rule for group in yaml(ALERTS)["groups"] for rule in group["rules"]]
 
 
 # Files
@@ -137,6 +141,59 @@ def test_metrics_of_queries_are_documented() -> None:
     for expression in (*(expression for _, expression in queries()), *(rule["expr"] for rule in rules())):
         for name in re.findall(r"\b(?:llamesh|process)_[a-z_]+", expression):
             assert name in known or re.sub("_(bucket|sum|count)$", "", name) in known, expression
+
+
+# What mounts them
+
+
+def mounts(service: dict[str, Any]) -> dict[str, Path]:
+    """Path in the container -> what of the checkout is there."""
+    pairs = [volume.removesuffix(":ro").split(":") for volume in service["volumes"]]
+    return {target: (COMPOSE.parent / source).resolve() for source, target in pairs if source[0] == "."}
+
+
+def test_the_composed_prometheus_has_the_alerts(tmp_path: Path) -> None:
+    mounted = mounts(yaml(COMPOSE)["services"]["prometheus"])
+    assert mounted["/etc/prometheus/alerts.yml"] == ALERTS
+    for path in mounted.values():
+        shutil.copy(path, tmp_path)
+    check = [tool("promtool"), "check", "config", str(tmp_path / "prometheus.yml")]
+    done = subprocess.run(check, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert f"{len(rules())} rules found" in done.stdout
+
+
+def test_the_composed_grafana_finds_its_dashboard() -> None:
+    services = yaml(COMPOSE)["services"]
+    grafana = services["grafana"]
+    assert grafana["profiles"] == ["grafana"]
+    mounted = mounts(grafana)
+    assert all(path.exists() for path in mounted.values())
+    provisioning = mounted["/etc/grafana/provisioning"]
+    [source] = yaml(provisioning / "datasources/llamesh.yaml")["datasources"]
+    assert source["url"] == "http://prometheus:9090"
+    assert (
+        source["jsonData"]["timeInterval"]
+        == yaml(mounts(services["prometheus"])["/etc/prometheus/prometheus.yml"])["global"]["scrape_interval"]
+    )
+    [provider] = yaml(provisioning / "dashboards/llamesh.yaml")["providers"]
+    home = grafana["environment"]["GF_DASHBOARDS_DEFAULT_HOME_DASHBOARD_PATH"]
+    assert mounted[home] == DASHBOARD
+    assert str(Path(home).parent) == provider["options"]["path"]
+
+
+def test_the_pod_monitor_means_the_pods() -> None:
+    folder = CHECKOUT / "deploy/kubernetes"
+    assert yaml(folder / "prometheus/kustomization.yaml")["resources"] == ["../base", "podmonitor.yaml"]
+    spec = yaml(folder / "prometheus/podmonitor.yaml")["spec"]
+    pods = yaml(folder / "base/statefulset.yaml")["spec"]["template"]
+    labels = pods["metadata"]["labels"]
+    assert spec["selector"]["matchLabels"].items() <= labels.items()
+    assert labels[spec["jobLabel"]] == "llamesh"
+    [endpoint] = spec["podMetricsEndpoints"]
+    ports = [port["name"] for container in pods["spec"]["containers"] for port in container["ports"]]
+    assert endpoint["port"] in ports
+    assert endpoint["path"] == "/metrics"
 
 
 # Against the real thing
@@ -263,14 +320,12 @@ async def test_every_query_is_answered_by_a_real_prometheus(tmp_path: Path) -> N
                 await prometheus.query(rule["query"])
             assert [name for name, rule in found.items() if rule["state"] == "firing"] == []
 
-            # A forwarded request is one request, and its tokens were written once.
-            [tokens] = await prometheus.query('sum(llamesh_instance_tokens_total{kind="generated"})')
-            assert tokens["value"][1] == str(2 * 2 * 3 * (8 + 5))
-            [served] = await prometheus.query(
-                'sum(llamesh_requests_total{source="client", model="far", node="node-b", outcome="ok"})'
-            )
-            assert served["value"][1] == "12"
-            [first] = await prometheus.query(
-                'sum(llamesh_time_to_first_token_seconds_count{model="near"})',
-            )
-            assert first["value"][1] == "6"
+            # A forwarded request is one request, and its tokens were written once. The nodes are scraped one
+            # after the other.
+            for expected in (
+                f'sum(llamesh_instance_tokens_total{{kind="generated"}}) == {2 * 2 * 3 * (8 + 5)}',
+                'sum(llamesh_requests_total{source="client", model="far", node="node-b"}) == 12',
+                'sum(llamesh_requests_total{source="peer", model="far", node="node-b"}) == 12',
+                'sum(llamesh_time_to_first_token_seconds_count{model="near"}) == 6',
+            ):
+                await prometheus.wait_for(expected)
