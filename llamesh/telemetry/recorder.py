@@ -182,7 +182,8 @@ class Recorder:
         """It is over; the record has all that will ever be known."""
         del self.live[record.id]
         record.phase = "done"
-        record.first_token_ms = record.first_token_so_far
+        if record.streams:
+            record.first_token_ms = record.first_token_so_far
         record.way = record.answer = record.count = None
         if record.instance and record.tokens:
             self.served_tokens += record.tokens

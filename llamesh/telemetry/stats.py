@@ -10,6 +10,7 @@ from bisect import bisect_left
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from operator import add
 from typing import Literal
 
 # Seconds. Starts of a process, waits, and whole answers: from an embedding to an hour of reasoning.
@@ -50,9 +51,7 @@ class Histogram:
 
     def add(self, counts: Sequence[int], total: float) -> None:
         """Count values that were sorted into these bounds before; `total` is their sum."""
-        for index, count in enumerate(counts):
-            if count:
-                self.counts[index] += count
+        self.counts = [*map(add, self.counts, counts)]
         self.total += total
 
     def cumulative(self) -> list[tuple[str, float]]:

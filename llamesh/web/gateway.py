@@ -74,7 +74,9 @@ class Gateway:
         try:
             ask = self._understand(inbound, route, record)
             key = record.model = ask.profile.key
-            profile_stats = self.stats.profile(key, ours=not isinstance(ask.profile.source, Elsewhere))
+            profile_stats = self.stats.profiles.get(key)
+            if profile_stats is None:
+                profile_stats = self.stats.profile(key, ours=not isinstance(ask.profile.source, Elsewhere))
             profile_stats.current_requests += 1
             if origin:
                 self._dispatch.count_origin(origin, key, 1)

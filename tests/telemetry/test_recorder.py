@@ -124,6 +124,7 @@ def test_tokens_are_counted_while_they_pass_and_only_where_they_are_made() -> No
 def test_the_time_to_the_first_token_is_there_while_it_streams_and_afterwards() -> None:
     recorder = Recorder()
     record = begun(recorder)
+    record.streams = True
     record.count = count = Count(0)
     assert record.first_token_so_far is None
     count.first_token = 0.25

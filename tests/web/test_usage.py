@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from llamesh.telemetry.stats import INTER_TOKEN_BOUNDS, Histogram, Usage
-from llamesh.web.usage import UsageScan
+from llamesh.web.usage import StreamScan, UsageScan
 
 USAGE = {"usage": {"completion_tokens": 7, "prompt_tokens": 11, "total_tokens": 18}}
 TIMINGS = {"timings": {"cache_n": 4, "prompt_n": 7, "predicted_n": 7, "predicted_ms": 3.5}}
@@ -25,7 +25,7 @@ STREAM = b"".join([*WORDS, event({"choices": [], **USAGE, **TIMINGS}), b"data: [
 
 
 def scan(*pieces: bytes, streams: bool = False) -> Usage:
-    scanner = UsageScan(streams=streams)
+    scanner = StreamScan(0.0) if streams else UsageScan()
     for piece in pieces:
         scanner.feed(piece)
     return scanner.result()
@@ -96,7 +96,7 @@ def timed(*pieces: tuple[float, bytes], after: float = 0.0) -> tuple[float | Non
     bound, and its sum.
     """
     clock, histogram = Clock(), Histogram(INTER_TOKEN_BOUNDS)
-    scanner = UsageScan(streams=True, after=after, clock=clock)
+    scanner = StreamScan(after, clock)
     for seconds, piece in pieces:
         clock.now += seconds
         scanner.feed(piece)
@@ -181,8 +181,6 @@ def test_a_dialect_that_nobody_knows_begins_with_its_first_event() -> None:
 
 
 def test_what_is_no_stream_has_no_first_token() -> None:
-    scanner = UsageScan(streams=False)
+    scanner = UsageScan()
     scanner.feed(json.dumps({"choices": [{"message": {"content": "a"}}]}).encode())
-    histogram = Histogram(INTER_TOKEN_BOUNDS)
-    scanner.add_times(histogram)
-    assert (scanner.first_token, sum(histogram.counts)) == (None, 0)
+    assert (scanner.first_token, scanner.events) == (None, 0)
