@@ -113,6 +113,7 @@ class Node:
         store.on_problem = self._report
         slow = HypercornLane(Application(self.gateway, cast(Asgi, app), self.views.direct), settings)
         self.lane = FastLane(self.gateway, self.pages.fast, slow)
+        self.pages.certificate = self.lane.certificate
         self.cluster: Cluster | None = None
         if member is not None:
             # The mesh's libraries cost megabytes that a node alone needn't pay for.

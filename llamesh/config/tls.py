@@ -66,6 +66,16 @@ def _findings(cert_path: Path | None, key_path: Path | None, now: datetime) -> I
         )
 
 
+def expiry_of(pem: bytes) -> float | None:
+    """When the first certificate of a PEM file expires, Unix time; None when there is none in it."""
+    from cryptography import x509
+
+    try:
+        return x509.load_pem_x509_certificates(pem)[0].not_valid_after_utc.timestamp()
+    except (ValueError, TypeError, LookupError):
+        return None
+
+
 def _read(path: Path | None) -> bytes | str:
     """The file, or what is wrong with it."""
     if path is None:

@@ -61,6 +61,10 @@ class Count(Protocol):
     def events(self) -> int:
         """Events of a stream so far: about as many as tokens."""
 
+    @property
+    def first_token(self) -> float | None:
+        """Seconds from the request to the first content of a stream; None = not yet."""
+
 
 class Terms(Protocol):
     """What one candidate would have cost, see `core.cost`."""
@@ -77,8 +81,8 @@ class Record(msgspec.Struct, gc=False, array_like=True):
     name of the client's key, "" without. model: "model:profile". phase: how far it is on this node.
     node: who served it, as the client is told; instance: of ours that serves it, "" while it is forwarded;
     peer: whom it was forwarded to. error: its type, "" for none; message: ours, for people. first_token_ms:
-    until the first bytes of a stream. decision: what each candidate would have cost, at the last choice;
-    tries: what was tried before, for people.
+    until the first content of a stream, once it has ended. decision: what each candidate would have cost, at
+    the last choice; tries: what was tried before, for people.
 
     way, answer, count: live objects, None once it has ended. The garbage collector doesn't look at records:
     nothing that they lead to may lead back to them.
@@ -116,6 +120,13 @@ class Record(msgspec.Struct, gc=False, array_like=True):
     def tokens_so_far(self) -> int:
         """Tokens of the answer that have passed."""
         return self.tokens or (int(self.count.events) if self.count is not None else 0)
+
+    @property
+    def first_token_so_far(self) -> float | None:
+        """Milliseconds until the first content of a stream, None as long as there is none."""
+        if self.count is None or self.count.first_token is None:
+            return self.first_token_ms
+        return float(self.count.first_token) * 1000
 
     def note_try(self, text: str) -> None:
         """Something was tried and didn't work; the request goes on."""
@@ -171,6 +182,8 @@ class Recorder:
         """It is over; the record has all that will ever be known."""
         del self.live[record.id]
         record.phase = "done"
+        if record.streams:
+            record.first_token_ms = record.first_token_so_far
         record.way = record.answer = record.count = None
         if record.instance and record.tokens:
             self.served_tokens += record.tokens

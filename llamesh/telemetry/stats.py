@@ -8,10 +8,27 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from operator import add
+from typing import Literal
 
-# Seconds, from a warm prompt cache on a small model to a cold start of a large one.
-LATENCY_BOUNDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0)
+# Seconds. Starts of a process, waits, and whole answers: from an embedding to an hour of reasoning.
+LATENCY_BOUNDS = (
+    0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0, 600.0, 1800.0,
+)  # fmt: skip
+
+# Seconds, from a warm prompt cache on a small model to a cold start of a large one with a long prompt.
+FIRST_TOKEN_BOUNDS = (
+    0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 0.75, 1.0, 1.5, 2.5, 5.0, 7.5, 10.0, 20.0, 30.0, 60.0, 120.0, 300.0,
+)  # fmt: skip
+
+# Seconds, from 1000 tokens a second to one that somebody else's prompt holds up. Close together where people
+# notice: 20 to 50 ms is the difference between faster and slower than one reads.
+INTER_TOKEN_BOUNDS = (
+    0.001, 0.0025, 0.005, 0.01, 0.015, 0.02, 0.025, 0.03, 0.04, 0.05,
+    0.075, 0.1, 0.15, 0.2, 0.3, 0.5, 1.0, 2.5,
+)  # fmt: skip
 
 # Weight of the newest observation in a learned mean: about the last ten count.
 _NEWEST = 0.2
@@ -31,6 +48,11 @@ class Histogram:
         """Count one value, in the unit of the bounds."""
         self.counts[bisect_left(self.bounds, value)] += 1
         self.total += value
+
+    def add(self, counts: Sequence[int], total: float) -> None:
+        """Count values that were sorted into these bounds before; `total` is their sum."""
+        self.counts = [*map(add, self.counts, counts)]
+        self.total += total
 
     def cumulative(self) -> list[tuple[str, float]]:
         """Prometheus' form: (upper bound, count of all values up to it), "+Inf" last."""
@@ -52,9 +74,16 @@ class Usage:
     prompt_ms: float = 0.0
 
 
+Source = Literal["client", "peer"]
+
+
 @dataclass(slots=True)
 class ProfileStats:
-    """Totals of one profile since the start of the node."""
+    """Totals of one profile since the start of the node.
+
+    outcomes: answered requests by outcome, the node that served ("": none did), and who asked. `instance_*`:
+    of the tokens those that instances of this node read and wrote: others passed through.
+    """
 
     requests_total: int = 0
     errors_total: int = 0
@@ -62,7 +91,10 @@ class ProfileStats:
     prompt_tokens_total: int = 0
     cached_tokens_total: int = 0
     tokens_per_second: float = 0.0  # moving mean of single answers; 0 = not known yet
-    outcomes: Counter[str] = field(default_factory=Counter)
+    instance_generated_total: int = 0
+    instance_prompt_total: int = 0
+    instance_cached_total: int = 0
+    outcomes: Counter[tuple[str, str, Source]] = field(default_factory=Counter)
     current_requests: int = 0
     starts_total: int = 0
     start_failures_total: int = 0
@@ -71,13 +103,24 @@ class ProfileStats:
     start_seconds: Histogram = field(default_factory=Histogram)
     queue_seconds: Histogram = field(default_factory=Histogram)
     first_byte_seconds: Histogram = field(default_factory=Histogram)
+    first_token_seconds: Histogram = field(default_factory=lambda: Histogram(FIRST_TOKEN_BOUNDS))
+    inter_token_seconds: Histogram = field(default_factory=lambda: Histogram(INTER_TOKEN_BOUNDS))
     duration_seconds: Histogram = field(default_factory=Histogram)
 
-    def add_usage(self, usage: Usage) -> None:
-        """Count the tokens of one answer."""
+    @property
+    def used(self) -> bool:
+        """Whether anybody has asked for it, or it was started."""
+        return bool(self.requests_total or self.current_requests or self.starts_total)
+
+    def add_usage(self, usage: Usage, *, here: bool = False) -> None:
+        """Count the tokens of one answer; `here`: an instance of this node gave it."""
         self.tokens_generated_total += usage.completion_tokens
         self.prompt_tokens_total += usage.prompt_tokens
         self.cached_tokens_total += usage.cached_tokens
+        if here:
+            self.instance_generated_total += usage.completion_tokens
+            self.instance_prompt_total += usage.prompt_tokens
+            self.instance_cached_total += usage.cached_tokens
         # A handful of tokens says more about the clock than about the model.
         if usage.predicted_ms > 0 and usage.completion_tokens >= 8:
             speed = usage.completion_tokens * 1000 / usage.predicted_ms
@@ -85,16 +128,39 @@ class ProfileStats:
             self.tokens_per_second = speed if known == 0 else known + _NEWEST * (speed - known)
 
 
+@dataclass(slots=True)
+class KeyStats:
+    """What the holder of one key had."""
+
+    requests_total: int = 0
+    tokens_generated_total: int = 0
+    prompt_tokens_total: int = 0
+
+    def count(self, usage: Usage) -> None:
+        """Count one request."""
+        self.requests_total += 1
+        self.tokens_generated_total += usage.completion_tokens
+        self.prompt_tokens_total += usage.prompt_tokens
+
+
 # Nodes that are counted by name. They name themselves, so there may be any number of names.
 _MOST_NODES = 256
 OTHER_NODES = "other nodes"
+
+# Profiles that only other nodes have, and that change names all the time.
+_MOST_PROFILES = 2048
+OTHER_MODELS = "other models:default"
+
+# Names of keys are the operator's, who may change them all the time, too.
+_MOST_KEYS = 1024
+OTHER_KEYS = "other keys"
 
 
 class NodeStats:
     """All counters of this node. `profile` creates what it doesn't know; keys are "model:profile".
 
     `served_by`: answered requests by node id, see `count_served`; `forward_retries`: forwards after which a
-    request was tried elsewhere, by an error's type, or "lost".
+    request was tried elsewhere, by an error's type, or "lost"; `keys`: by the name of the client's key.
     """
 
     def __init__(self) -> None:
@@ -105,17 +171,33 @@ class NodeStats:
         self.bad_heads = 0
         self.served_by: Counter[str] = Counter()
         self.forward_retries: Counter[str] = Counter()
+        self.keys: dict[str, KeyStats] = {}
 
-    def count_served(self, node: str) -> None:
-        """A request was answered by that node, this one or another."""
-        known = node in self.served_by or len(self.served_by) < _MOST_NODES
-        self.served_by[node if known else OTHER_NODES] += 1
+    def count_served(self, node: str) -> str:
+        """A request was answered by that node, this one or another; the name that it is counted under."""
+        if node not in self.served_by and len(self.served_by) >= _MOST_NODES:
+            node = OTHER_NODES
+        self.served_by[node] += 1
+        return node
 
-    def profile(self, key: str) -> ProfileStats:
-        """The counters of one profile. Call it with keys of the cookbook only, so that they stay few."""
+    def profile(self, key: str, *, ours: bool = True) -> ProfileStats:
+        """The counters of one profile. Call it with keys of the cookbook, or (then not `ours`) with what
+        other nodes offer, but never with what a client wrote: each is a hundred lines of a scrape.
+        """
         stats = self.profiles.get(key)
         if stats is None:
-            stats = self.profiles[key] = ProfileStats()
+            if not ours and len(self.profiles) >= _MOST_PROFILES:
+                key = OTHER_MODELS
+            stats = self.profiles.setdefault(key, ProfileStats())
+        return stats
+
+    def key(self, name: str) -> KeyStats:
+        """The counters of the client's key of that name."""
+        stats = self.keys.get(name)
+        if stats is None:
+            if len(self.keys) >= _MOST_KEYS:
+                name = OTHER_KEYS
+            stats = self.keys.setdefault(name, KeyStats())
         return stats
 
     @property

@@ -19,7 +19,7 @@ from llamesh.web.body import Body
 from llamesh.web.headers import pass_back
 from llamesh.web.openai import Route
 from llamesh.web.sink import Sink
-from llamesh.web.usage import UsageScan
+from llamesh.web.usage import StreamScan, UsageScan
 
 SSE_HEADERS: Headers = [
     (b"content-type", b"text/event-stream"),
@@ -66,6 +66,7 @@ class Outcome:
     node: str = ""  # that served it, as the client is told
     queued_seconds: float = 0.0
     first_byte_seconds: float | None = None
+    scan: StreamScan | None = None  # of an answer that streams
     attempts: int = 0
     error: str = ""  # an error's type, "cut" or "cancelled"; empty for an answer that was relayed whole
     retries: tuple[str, ...] = ()  # why forwards came to nothing: an error's type, or "lost"
@@ -134,9 +135,13 @@ async def pass_answer(
         if ask.streams:
             headers.append((b"x-accel-buffering", b"no"))
         sink.start(status, headers, length=response.length)
-    scan = UsageScan(streams=ask.streams)
-    outcome.record.count, outcome.record.phase = scan, "decode"
-    outcome.record.first_token_ms = outcome.first_byte_seconds * 1000
+    scan: UsageScan
+    if ask.streams:
+        scan = outcome.scan = StreamScan(outcome.first_byte_seconds)
+    else:
+        scan = UsageScan()
+    outcome.record.count = scan
+    outcome.record.phase = "decode"
     feed, take = scan.feed, response.take
     try:
         while True:

@@ -21,8 +21,9 @@ from llamesh.errors import (
     RequestTooLarge,
 )
 from llamesh.net.exchange import Headers
+from llamesh.telemetry.exposition import exposition
 from llamesh.telemetry.logs import get_logger
-from llamesh.telemetry.prometheus import NodeCollector, exposition
+from llamesh.telemetry.prometheus import NodeCollector
 from llamesh.web.access import Access
 from llamesh.web.admin import Act, Administration, add_acts, add_admin_routes
 from llamesh.web.may import add_access_route
@@ -80,7 +81,7 @@ def build_app(
     @app.get("/metrics")
     async def metrics() -> Response:
         access.check(_headers())
-        content_type, text = exposition(collector)
+        content_type, text = await exposition(collector.families(), request.headers.get("accept", ""))
         return Response(text, content_type=content_type)
 
     @app.get("/metrics/json")

@@ -10,6 +10,7 @@ from dataclasses import replace
 
 import trio
 
+from llamesh.config.cookbook import Elsewhere
 from llamesh.config.current import Current
 from llamesh.config.settings import Settings
 from llamesh.dispatch import Dispatch
@@ -73,7 +74,9 @@ class Gateway:
         try:
             ask = self._understand(inbound, route, record)
             key = record.model = ask.profile.key
-            profile_stats = self.stats.profile(key)
+            profile_stats = self.stats.profiles.get(key)
+            if profile_stats is None:
+                profile_stats = self.stats.profile(key, ours=not isinstance(ask.profile.source, Elsewhere))
             profile_stats.current_requests += 1
             if origin:
                 self._dispatch.count_origin(origin, key, 1)
@@ -184,8 +187,7 @@ class Gateway:
         seconds = trio.current_time() - inbound.started
         usage = outcome.usage
         failed = (bool(outcome.error) and outcome.error != "cancelled") or outcome.status >= 400
-        if outcome.node and not failed:
-            self.stats.count_served(outcome.node)
+        served = self.stats.count_served(outcome.node) if outcome.node and not failed else ""
         if outcome.retries:
             self.stats.forward_retries.update(outcome.retries)
         if stats is None:
@@ -193,12 +195,19 @@ class Gateway:
         else:
             stats.requests_total += 1
             stats.errors_total += failed
-            stats.outcomes[outcome.error or ("ok" if outcome.status < 400 else "upstream_status")] += 1
-            stats.add_usage(usage)
+            result = outcome.error or ("ok" if outcome.status < 400 else "upstream_status")
+            stats.outcomes[result, served, "peer" if inbound.travel.origin else "client"] += 1
+            stats.add_usage(usage, here=bool(outcome.record.instance))
             stats.duration_seconds.observe(seconds)
             stats.queue_seconds.observe(outcome.queued_seconds)
             if outcome.first_byte_seconds is not None:
                 stats.first_byte_seconds.observe(outcome.first_byte_seconds)
+            scan = outcome.scan
+            if scan is not None and scan.first_token is not None:
+                stats.first_token_seconds.observe(scan.first_token)
+                scan.add_times(stats.inter_token_seconds)
+        if outcome.record.key:
+            self.stats.key(outcome.record.key).count(usage)
         self._close(outcome, seconds)
         log.info(
             "request",

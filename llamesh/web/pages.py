@@ -23,10 +23,11 @@ from llamesh.errors import LlameshError, ModelNotFound
 from llamesh.local.pool import Pool
 from llamesh.net.exchange import Headers
 from llamesh.telemetry.learned import LearnedValues
-from llamesh.telemetry.prometheus import Gauges
+from llamesh.telemetry.prometheus import Gauges, ProfileFigures
 from llamesh.telemetry.stats import NodeStats
 from llamesh.web.access import Access
 from llamesh.web.mesh_pages import MeshPages
+from llamesh.web.tls import Certificate
 
 # OpenAI's `created`. Constant, since clients cache by it and nothing here was "created".
 CREATED = 1_700_000_000
@@ -68,6 +69,7 @@ class Pages:
         self._started = time.time()
         self.address = ""
         self.mesh: MeshPages | None = None
+        self.certificate: Certificate | None = None
 
     @property
     def _settings(self) -> Settings:
@@ -224,7 +226,6 @@ class Pages:
         for instance in self._pool.all():
             at = (instance.profile.key, instance.state.value)
             instances[at] = instances.get(at, 0) + 1
-        queued = {p.key: self._dispatch.queue_length(p.key) for p in self._cookbook().profiles}
         resources = self._resources()
         memory = {
             (kind, what): resources[name] * _MIB
@@ -233,13 +234,24 @@ class Pages:
         }
         return Gauges(
             instances,
-            queued,
+            {profile.key: self._figures(profile.key) for profile in self._cookbook().profiles},
             not self._dispatch.closed,
             memory,
             dict(self._pool.evictions),
             (self._store.reloads, self._store.refusals, self._store.problems is None),
             self._profile_memory(),
             self.mesh.figures() if self.mesh is not None else None,
+            self.certificate.expiry if self.certificate is not None else None,
+        )
+
+    def _figures(self, key: str) -> ProfileFigures:
+        serving = [one for one in self._pool.instances(key) if one.state is State.READY]
+        trouble = self._pool.trouble(key)
+        return ProfileFigures(
+            self._dispatch.queue_length(key),
+            sum(one.slots for one in serving),
+            sum(one.busy_slots for one in serving),
+            trouble is not None and trouble.exhausted,
         )
 
     # Parts.

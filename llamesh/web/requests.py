@@ -43,7 +43,7 @@ def request_document(record: Record, node: str, offset: float, is_loading: Calla
         prompt_tokens=record.prompt_tokens if ended else None,
         cached_tokens=record.cached_tokens if ended else None,
         tokens=record.tokens_so_far,
-        first_token_ms=_rounded(record.first_token_ms) if record.streams else None,
+        first_token_ms=_rounded(record.first_token_so_far),
         key=record.key or None,
         streams=record.streams,
         status=record.status,

@@ -189,9 +189,9 @@ class Request(msgspec.Struct, frozen=True, kw_only=True):
     """One request. node: where its client is; seen_by: whose record this is; served_by: the node that
     answers, null as long as it waits; instance: there; via: the nodes that it passes, from `node` to
     `served_by`; ms: since `started`, when this was said, or in all; waiting_for: in words; tokens: so far
-    (events of the stream until it ends); first_token_ms: null where the answer isn't a stream; status: of the
-    answer, 0 = none yet; error: its type; message: of that error; decision: the last one; tries: what didn't
-    work.
+    (events of the stream until it ends); first_token_ms: until the first content of a stream, else null;
+    status: of the answer, 0 = none yet; error: its type; message: of that error; decision: the last one;
+    tries: what didn't work.
     """
 
     id: Text

@@ -6,6 +6,7 @@ import os
 import ssl
 
 from llamesh.config.sections import ServerTls
+from llamesh.config.tls import expiry_of
 from llamesh.telemetry.logs import get_logger
 
 log = get_logger("tls")
@@ -26,6 +27,8 @@ class Certificate:
         self._context.set_alpn_protocols(["h2", "http/1.1"])
         self._seen = self._stamp()
         self._context.load_cert_chain(self._cert, self._key)
+        self._expiry: float | None = None
+        self._expiry_of: tuple[int, ...] = ()
 
     def context(self) -> ssl.SSLContext:
         """The context, with the certificate that is on disk now. Costs two calls of stat."""
@@ -40,6 +43,20 @@ class Certificate:
         except (OSError, ssl.SSLError) as error:
             log.warning("the certificate on disk can't be used; the old one stays", error=str(error))
         return self._context
+
+    @property
+    def expiry(self) -> float | None:
+        """When the certificate on disk expires, Unix time; where there is none that can be read, the last one
+        that could. None only before there was one.
+        """
+        try:
+            stamp = self._stamp()
+            if stamp != self._expiry_of:
+                self._expiry_of = stamp
+                self._expiry = expiry_of(self._cert.read_bytes()) or self._expiry
+        except OSError:
+            pass  # `context` says so at the next connection
+        return self._expiry
 
     def _stamp(self) -> tuple[int, ...]:
         stats = (os.stat(self._cert), os.stat(self._key))

@@ -1,16 +1,23 @@
-"""Count tokens from what passes by, without decoding it.
+"""Count tokens, and time them, from what passes by, without decoding it.
 
 llama-server ends each answer, streamed or not, with `usage` and `timings`. Only the last pieces
 of the body are kept, and looked at once, at the end. Inside text a quote is escaped, so the
 patterns can't match what a model wrote.
+
+Time between tokens is taken once a read, not once a token: n events that came with one read, t seconds after
+the one before, are n tokens of t/n each. The last read isn't counted: it ends the answer (`finish_reason`,
+usage, `[DONE]`) and holds one token at most.
 """
 
 from __future__ import annotations
 
 import re
+from bisect import bisect_left
 from collections import deque
+from collections.abc import Callable
+from time import perf_counter
 
-from llamesh.telemetry.stats import Usage
+from llamesh.telemetry.stats import INTER_TOKEN_BOUNDS, Histogram, Usage
 
 # The last event with its usage, the `[DONE]` behind it, and room for both being cut into pieces.
 _KEEP_PIECES = 6
@@ -25,29 +32,44 @@ _NUMBER = re.compile(
 )
 
 
+# The first piece of what a model writes, in any of the dialects: text, a thought, or a call of a tool. What
+# comes before it has these names with null, "" or nothing behind them, or not at all: roles, progress, items
+# that begin.
+_CONTENT = re.compile(
+    rb'"(?:content|reasoning_content|text|delta|thinking|partial_json|arguments|refusal)"\s*:\s*"(?!")'
+    rb'|"tool_calls"\s*:\s*\['
+)
+
+# A stream that has said this much and nothing that looks like content speaks some other dialect.
+_MOST_BEFORE = 512
+
+_BUCKETS = len(INTER_TOKEN_BOUNDS) + 1
+
+
 class UsageScan:
-    """Feed it the pieces of a body as they pass; `result` at the end."""
+    """Of an answer that is no stream: feed it the pieces of the body as they pass; `result` at the end.
 
-    __slots__ = ("_events", "_pieces", "_start", "_streams")
+    first_token: seconds from the request to the first event with content. Here always None: what comes in one
+    piece tells nothing.
+    """
 
-    def __init__(self, *, streams: bool) -> None:
+    __slots__ = ("_pieces", "_start", "first_token")
+
+    def __init__(self) -> None:
         self._pieces: deque[bytes] = deque(maxlen=_KEEP_PIECES)
-        self._streams = streams
-        self._events = 0
         self._start = b""
+        self.first_token: float | None = None
 
     def feed(self, piece: bytes) -> None:
-        """Note one piece; costs one search in C."""
-        if self._streams:
-            self._events += piece.count(b"data: ")
-        elif not self._pieces:
+        """Note one piece."""
+        if not self._pieces:
             self._start = piece[:_KEEP_START]
         self._pieces.append(piece)
 
     @property
     def events(self) -> int:
         """Events of a stream so far, about as many as tokens."""
-        return self._events
+        return 0
 
     def result(self) -> Usage:
         """The tokens of the answer; of a stream that was cut, its events so far."""
@@ -57,10 +79,7 @@ class UsageScan:
         generated = (
             found.get(b"predicted_n") or found.get(b"completion_tokens") or found.get(b"output_tokens")
         )
-        if generated is not None:
-            usage.completion_tokens = int(float(generated))
-        elif self._streams:
-            usage.completion_tokens = self._events
+        usage.completion_tokens = self.events if generated is None else int(float(generated))
         cached = int(float(found.get(b"cache_n", 0)))
         read = found.get(b"prompt_tokens") or found.get(b"input_tokens")
         if read is not None:
@@ -71,6 +90,74 @@ class UsageScan:
         usage.predicted_ms = float(found.get(b"predicted_ms", 0))
         usage.prompt_ms = float(found.get(b"prompt_ms", 0))
         return usage
+
+
+class StreamScan(UsageScan):
+    """Of a stream. `first_token` is None as long as there was no content."""
+
+    __slots__ = (
+        "_before",
+        "_clock",
+        "_counts",
+        "_events",
+        "_first",
+        "_first_event",
+        "_gap",
+        "_last",
+        "_made",
+    )
+
+    def __init__(self, after: float, clock: Callable[[], float] = perf_counter) -> None:
+        """`after`: seconds since the request; `clock`: seconds since whenever."""
+        self._pieces = deque(maxlen=_KEEP_PIECES)
+        self._start = b""
+        self.first_token = None
+        self._clock = clock
+        self._made = clock() - after
+        self._before = 0  # events until the first content, its own read included
+        # Of the events after that: those of the last read, seconds for each of them, and when it was; and
+        # how many of those before it took how long. They aren't added up in the lists of a profile, where a
+        # read that turns out to be the last couldn't be taken back.
+        self._events = 0
+        self._gap = 0.0
+        self._first = self._last = self._first_event = 0.0
+        self._counts: list[int] = []
+
+    def feed(self, piece: bytes) -> None:
+        """Note one piece. Once there was content, this costs a search in C and a look at the clock."""
+        if self._counts:
+            events = piece.count(b"data: ")
+            if events:
+                now = self._clock()
+                self._counts[bisect_left(INTER_TOKEN_BOUNDS, self._gap)] += self._events
+                self._gap = (now - self._last) / events
+                self._last = now
+                self._events = events
+        else:
+            self._begin(piece)
+        self._pieces.append(piece)
+
+    def _begin(self, piece: bytes) -> None:
+        now = self._clock()
+        if not self._before:
+            self._first_event = now
+        self._before += piece.count(b"data: ")
+        # An event may be cut anywhere; two pieces are nearly always enough to see it whole.
+        has_content = _CONTENT.search(self._pieces[-1] + piece if self._pieces else piece)
+        if has_content or self._before >= _MOST_BEFORE:
+            self.first_token = (now if has_content else self._first_event) - self._made
+            self._first = self._last = now
+            self._counts = [0] * _BUCKETS
+
+    @property
+    def events(self) -> int:
+        """Events so far, about as many as tokens."""
+        return self._before + sum(self._counts) + self._events
+
+    def add_times(self, histogram: Histogram) -> None:
+        """Count the times between the tokens. The histogram's bounds are INTER_TOKEN_BOUNDS."""
+        if self._events:
+            histogram.add(self._counts, self._last - self._first - self._gap * self._events)
 
 
 def _numbers(data: bytes) -> dict[bytes, bytes]:

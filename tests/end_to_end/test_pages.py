@@ -121,7 +121,13 @@ async def test_metrics_count_what_happened(
             for sample in family.samples
         }
         of_tiny = (("model", "tiny"), ("profile", "default"))
-        ok = ("model", "tiny"), ("outcome", "ok"), ("profile", "default")
+        ok = (
+            ("model", "tiny"),
+            ("node", "node-a"),
+            ("outcome", "ok"),
+            ("profile", "default"),
+            ("source", "client"),
+        )
         assert samples["llamesh_requests_total", *ok] == 3
         assert samples["llamesh_instances", *of_tiny, ("state", "ready")] == 1
         assert samples["llamesh_request_duration_seconds_count", *of_tiny] == 4

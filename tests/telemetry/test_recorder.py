@@ -26,6 +26,7 @@ class Sink:
 @dataclass
 class Count:
     events: int
+    first_token: float | None = None
 
 
 @dataclass
@@ -118,6 +119,18 @@ def test_tokens_are_counted_while_they_pass_and_only_where_they_are_made() -> No
     recorder.end(here)
     recorder.end(forwarded)
     assert recorder.tokens_now() == recorder.served_tokens == 9
+
+
+def test_the_time_to_the_first_token_is_there_while_it_streams_and_afterwards() -> None:
+    recorder = Recorder()
+    record = begun(recorder)
+    record.streams = True
+    record.count = count = Count(0)
+    assert record.first_token_so_far is None
+    count.first_token = 0.25
+    assert record.first_token_so_far == 250
+    recorder.end(record)
+    assert record.first_token_so_far == record.first_token_ms == 250
 
 
 def test_of_many_candidates_the_best_are_remembered() -> None:
