@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 
 import psutil
@@ -17,6 +17,8 @@ from prometheus_client.core import (
 from prometheus_client.exposition import CONTENT_TYPE_LATEST
 from prometheus_client.registry import Collector
 
+from llamesh.telemetry.key_figures import KeyFigures
+from llamesh.telemetry.key_figures import families as key_families
 from llamesh.telemetry.mesh_figures import MeshFigures, families
 from llamesh.telemetry.stats import Histogram, NodeStats, ProfileStats
 
@@ -26,7 +28,7 @@ class Gauges:
     """What is counted elsewhere: instances by (profile key, state), queue length by profile key, bytes of
     memory by ("vram" or "sysmem", what), evictions by reason, and of the files: reloads, refused ones,
     and whether what is on disk is in force. `profile_memory`: bytes by (profile key, "vram" or "sysmem",
-    "estimated" or "measured"). `mesh`: None where there is none.
+    "estimated" or "measured"). `mesh`: None where there is none; `keys`: by name.
     """
 
     instances: dict[tuple[str, str], int]
@@ -37,6 +39,7 @@ class Gauges:
     files: tuple[int, int, bool] = (0, 0, True)
     profile_memory: dict[tuple[str, str, str], int] = field(default_factory=dict)
     mesh: MeshFigures | None = None
+    keys: Mapping[str, KeyFigures] = field(default_factory=dict)
 
 
 class NodeCollector(Collector):
@@ -152,6 +155,7 @@ class NodeCollector(Collector):
             "llamesh_connections", "Open client connections", value=self._stats.connections
         )
         yield from self._memory_and_files(now)
+        yield from key_families(now.keys)
         if now.mesh is not None:
             yield from families(now.mesh)
             yield from self._by_node()

@@ -25,6 +25,8 @@ from llamesh.telemetry.logs import get_logger
 from llamesh.telemetry.prometheus import NodeCollector, exposition
 from llamesh.web.access import Access
 from llamesh.web.admin import Act, Administration, add_acts, add_admin_routes
+from llamesh.web.caller import Caller
+from llamesh.web.key_routes import add_key_routes
 from llamesh.web.openai import ROUTES
 from llamesh.web.pages import Pages
 from llamesh.web.state_routes import StateApi, add_state_routes
@@ -57,8 +59,11 @@ def build_app(
     app.config["RESPONSE_TIMEOUT"] = None
     app.config["MAX_CONTENT_LENGTH"] = 1 << 20  # admin calls; inference has its own limit elsewhere
 
+    def check_admin() -> Caller:
+        return access.check_admin(_headers(), loopback=_is_loopback(request.remote_addr or ""))
+
     async def perform(act: Act) -> Response:
-        access.check_admin(_headers(), loopback=_is_loopback(request.remote_addr or ""))
+        check_admin()
         if request.method != "POST":
             _check_deliberate()
         status, document = await act(await _body())
@@ -103,6 +108,7 @@ def build_app(
         return await app.send_static_file("index.html")
 
     add_admin_routes(app, administration, perform)
+    add_key_routes(app, access, check_admin)
     if state is not None:
         add_state_routes(app, state, lambda: access.check(_headers()))
         add_acts(app, {"/admin/cancel": ("POST", state.cancel)}, perform)

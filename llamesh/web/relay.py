@@ -382,7 +382,7 @@ class Relay:
         ]
         if ask.travel.origin:
             headers += self.news(job)
-        return headers
+        return [*headers, *job.inbound.told] if job.inbound.told else headers
 
     def news(self, job: Job) -> Headers:
         """What a peer is told with an answer: how busy the profile is here, and what broke on its request."""
