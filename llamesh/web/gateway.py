@@ -79,7 +79,7 @@ class Gateway:
         try:
             if caller is not ANYBODY:
                 record.key = caller.name
-                inbound.told = quota.admit(caller, time.time())
+                quota.admit(inbound, time.time())
                 counted = True
             ask = self._understand(inbound, route, record)
             key = record.model = ask.profile.key

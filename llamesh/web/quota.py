@@ -8,20 +8,23 @@ from llamesh.core.limits import Meter, Refusal
 from llamesh.errors import RateLimited
 from llamesh.net.exchange import Headers
 from llamesh.telemetry.stats import Usage
+from llamesh.web.answer import Inbound
 from llamesh.web.caller import Caller
 
 # Until a place among the concurrent requests is free: nobody knows, so ask soon.
 _AGAIN_SECONDS = 1
 
 
-def admit(caller: Caller, now: float) -> Headers:
-    """Count a request that begins. The headers that tell what is left, for its answer. `now`: Unix time.
+def admit(inbound: Inbound, now: float) -> None:
+    """Count a request that begins; its answer will tell what is left. `now`: Unix time.
 
     Raises RateLimited, and then nothing was counted. Each that was admitted needs one `settle`.
     """
+    caller = inbound.caller
     meter, figures = caller.meter, caller.figures
     if meter is not None:
         refusal = meter.take(now)
+        inbound.told = left(meter, now)
         if refusal is not None:
             if figures is not None:
                 figures.refused[refusal.kind] += 1
@@ -29,7 +32,6 @@ def admit(caller: Caller, now: float) -> Headers:
     if figures is not None:
         figures.requests += 1
         figures.running += 1
-    return [] if meter is None else left(meter, now)
 
 
 def settle(caller: Caller, usage: Usage, now: float) -> None:
@@ -61,7 +63,7 @@ def _refused(name: str, refusal: Refusal) -> RateLimited:
     kind, limit, seconds = refusal
     if seconds is None:
         return RateLimited(
-            f"the key {name} has {limit} requests under way over all nodes, as many as its {kind} allows",
+            f"the key {name} has as many requests under way over all nodes as its {kind} allows ({limit})",
             retry_after=_AGAIN_SECONDS,
         )
     wait = max(1, math.ceil(seconds))
