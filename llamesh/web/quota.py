@@ -54,7 +54,7 @@ def left(meter: Meter, now: float) -> Headers:
             headers += (
                 (b"x-ratelimit-limit-" + sort, b"%d" % room.limit),
                 (b"x-ratelimit-remaining-" + sort, b"%d" % room.left),
-                (b"x-ratelimit-reset-" + sort, _duration(room.seconds)),
+                (b"x-ratelimit-reset-" + sort, duration(room.seconds)),
             )
     return headers
 
@@ -73,7 +73,7 @@ def _refused(name: str, refusal: Refusal) -> RateLimited:
     )
 
 
-def _duration(seconds: float) -> bytes:
+def duration(seconds: float) -> bytes:
     """As OpenAI writes it: `1s`, `6m0s`, `23h59m1s`."""
     whole = max(0, math.ceil(seconds))
     hours, minutes = whole // 3600, whole // 60 % 60
