@@ -138,6 +138,8 @@ class Meter:
         self._others: dict[int, list[int]] = {}  # bucket -> requests, tokens
         self._other_days: dict[int, list[int]] = {}
         self._others_running = 0
+        self._requests = self._tokens = 0  # of the minute, ours and theirs
+        self._newest = -1  # the bucket of the last look at the clock
         self._past = 0  # buckets before it are over
 
     # Our own.
@@ -147,6 +149,7 @@ class Meter:
         refusal = self.refusal(now)
         if refusal is None:
             self._bucket(now).requests += 1
+            self._requests += 1
             self._day_requests += 1
             self.running += 1
         return refusal
@@ -155,13 +158,16 @@ class Meter:
         """A request that was taken is over."""
         self.running -= 1
         self._bucket(now).tokens += tokens
+        self._tokens += tokens
         self._day_tokens += tokens
 
     def refusal(self, now: float) -> Refusal | None:
         """The limit that stands against one more request; of several the one that does so longest."""
-        used, worst = self.used(now), None
-        for kind, limit, count in zip(Limits._fields, self.limits, used, strict=True):
-            if limit and count >= limit:
+        used, limits, worst = self.used(now), self.limits, None
+        if not any(map(_reached, limits, used)):
+            return None
+        for kind, limit, count in zip(Limits._fields, limits, used, strict=True):
+            if _reached(limit, count):
                 found = Refusal(kind, limit, self._wait(kind, limit, now))  # type: ignore[arg-type]
                 if worst is None or (found.seconds or 0) > (worst.seconds or 0):
                     worst = found
@@ -169,20 +175,12 @@ class Meter:
 
     def used(self, now: float) -> Used:
         """What counts against the limits now."""
-        newest, today = self._pass(now)
-        requests = tokens = 0
-        for bucket in self._minute:
-            requests += bucket.requests
-            tokens += bucket.tokens
-        for number, counts in self._others.items():
-            if number <= newest + _AHEAD:
-                requests += counts[0]
-                tokens += counts[1]
+        _, today = self._pass(now)
         there = self._other_days.get(today, (0, 0))
         return Used(
-            requests,
+            self._requests,
             self._day_requests + there[0],
-            tokens,
+            self._tokens,
             self._day_tokens + there[1],
             self.running + self._others_running,
         )
@@ -217,6 +215,8 @@ class Meter:
             self._day_tokens += tally.day_tokens
         kept = sorted((one for one in tally.minute if self._past <= one.number <= newest), key=_number)
         self._minute = [*kept, *self._minute]
+        self._requests += sum(one.requests for one in kept)
+        self._tokens += sum(one.tokens for one in kept)
         self.changed = True
 
     # The others.
@@ -261,6 +261,8 @@ class Meter:
                 counts = self._others.setdefault(one.number, [0, 0])
                 counts[0] += sign * one.requests
                 counts[1] += sign * one.tokens
+                self._requests += sign * one.requests
+                self._tokens += sign * one.tokens
         if tally.day and tally.day >= self._day:
             counts = self._other_days.setdefault(tally.day, [0, 0])
             counts[0] += sign * tally.day_requests
@@ -271,18 +273,28 @@ class Meter:
 
     def _pass(self, now: float) -> tuple[int, int]:
         """Forget what is over. The present bucket and the present day."""
-        newest, today = _bucket(now), int(now) // DAY_SECONDS
+        newest = _bucket(now)
+        if newest == self._newest:
+            return newest, self._day
+        self._newest, today = newest, int(now) // DAY_SECONDS
         past = newest - BUCKETS + 1
         if newest < self._past:
             # The clock was set back by more than a minute: what was counted by the wrong time is void.
             self._minute.clear()
+            self._others.clear()
+            self._heard = {node: _without_minute(one) for node, one in self._heard.items()}
+            self._requests = self._tokens = 0
             self._past = past
         if past > self._past:
             self._past = past
             while self._minute and self._minute[0].number < past:
-                del self._minute[0]
+                over = self._minute.pop(0)
+                self._requests -= over.requests
+                self._tokens -= over.tokens
             for number in [number for number in self._others if number < past]:
-                del self._others[number]
+                requests, tokens = self._others.pop(number)
+                self._requests -= requests
+                self._tokens -= tokens
         if not 0 <= self._day - today <= 1:
             self._day, self._day_requests, self._day_tokens = today, 0, 0
             for day in [day for day in self._other_days if day < today]:
@@ -305,7 +317,7 @@ class Meter:
         if kind in ("requests_per_day", "tokens_per_day"):
             return _midnight(now)
         what = int(kind == "tokens_per_minute")
-        counts = sorted(self._counts(now))
+        counts = sorted(self._counts())
         left = sum(one[1 + what] for one in counts)
         for one in counts:
             left -= one[1 + what]
@@ -315,22 +327,30 @@ class Meter:
 
     def _empty_in(self, now: float) -> float:
         """Seconds until all that counts of the minute is over."""
-        return _over(max((one[0] for one in self._counts(now)), default=_bucket(now)), now)
+        ours = self._minute[-1].number if self._minute else 0
+        theirs = max(self._others) if self._others else 0
+        return _over(max(ours, theirs) or _bucket(now), now)
 
-    def _counts(self, now: float) -> Iterator[tuple[int, int, int]]:
+    def _counts(self) -> Iterator[tuple[int, int, int]]:
         """Bucket, requests, tokens; in any order, and of a bucket of ours and of others one each."""
-        last = _bucket(now) + _AHEAD
         for one in self._minute:
             yield one.number, one.requests, one.tokens
         for number, (requests, tokens) in self._others.items():
-            if number <= last:
-                yield number, requests, tokens
+            yield number, requests, tokens
 
 
 def _tightest(*limits: tuple[int, int, float]) -> Room | None:
     """Of (limit, used, seconds) the one of which least is left."""
     rooms = [Room(limit, max(0, limit - used), seconds) for limit, used, seconds in limits if limit]
     return min(rooms, key=lambda room: room.left, default=None)
+
+
+def _reached(limit: int, used: int) -> bool:
+    return 0 < limit <= used
+
+
+def _without_minute(tally: Tally) -> Tally:
+    return Tally((), tally.day, tally.day_requests, tally.day_tokens, tally.running)
 
 
 def _number(bucket: Bucket) -> int:
