@@ -18,6 +18,9 @@ from llamesh.telemetry.key_figures import KeyFigures
 from llamesh.web.caller import ANYBODY, Caller
 from llamesh.web.meters import Meters
 
+# Each is compared with all that there are.
+_MOST_PRESENTED = 4
+
 
 class Access:
     """The keys of `auth` in config.yaml, as digests. Without auth everyone may infer, and only
@@ -158,6 +161,8 @@ class Access:
                 keys.append(value)
         if not keys:
             raise NotAuthenticated(self._hint("no API key was sent"))
+        if len(keys) > _MOST_PRESENTED:
+            raise NotAuthenticated(f"{len(keys)} API keys were sent, more than anybody has")
         return [hashlib.sha256(key).digest() for key in keys]
 
     def _hint(self, what: str) -> str:
