@@ -77,7 +77,7 @@ class Gateway:
         key, origin = "", inbound.travel.origin
         caller, counted = inbound.caller, False
         try:
-            if caller is not ANYBODY:
+            if caller.figures is not None:
                 record.key = caller.name
                 quota.admit(inbound, time.time())
                 counted = True
