@@ -88,7 +88,9 @@ class Cluster:
         router.fingerprint = self.offering.fingerprint
         dispatch.router = router
         dispatch.unwilling = self.unwilling
-        self.mesh.entries = self.offering.entries
+        meters = lane.gateway.access.meters
+        self.mesh.entries = lambda: {**self.offering.entries(), **meters.entries()}
+        self.mesh.heard = meters.hear
         self.mesh.news = self.offering.news
         self.mesh.peers.on_change = dispatch.settle
         self.mesh.greeting.engine, self.mesh.greeting.engine_version = pool.engine.origin, pool.engine.version

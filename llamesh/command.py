@@ -111,7 +111,7 @@ def _own_key(settings: Settings) -> str | None:
     """The first key that may administer and isn't only known by its digest."""
     if not settings.auth.enabled:
         return None
-    for key in settings.auth.admin_keys or settings.auth.allowed_keys:
+    for key in settings.auth.administrators():
         text = key.get_secret_value()
         if not text.startswith("sha256:"):
             return text

@@ -168,6 +168,7 @@ class Node:
     async def run(self, sockets: list[socket.socket], peer_sockets: list[socket.socket]) -> None:
         """Serve on listening sockets until a signal, then end in order. `peer_sockets`: for peers alone."""
         self.learned.load()
+        self.gateway.access.meters.restore(self.learned.keys)
         swept = self.ledger.sweep()
         if swept.killed:
             log.warning("ended children of an earlier life", pids=list(swept.killed))
@@ -299,6 +300,7 @@ class Node:
             await trio.to_thread.run_sync(self.learned.write, self.learned.encode())
 
     def _learn_speeds(self) -> None:
+        self.learned.keys = self.gateway.access.meters.saved()
         for key, stats in self.stats.profiles.items():
             if stats.tokens_per_second:
                 self.learned.of(key).tokens_per_second = round(stats.tokens_per_second, 2)

@@ -5,10 +5,11 @@ from __future__ import annotations
 import base64
 import binascii
 import re
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Literal, Self
 
-from pydantic import AfterValidator, BeforeValidator, Field, SecretStr, model_validator
+from pydantic import AfterValidator, Field, field_validator, model_validator
 
+from llamesh.config.access_keys import AccessKey, KeyEntry, contradictions, named
 from llamesh.config.peers import StaticPeerEntry
 from llamesh.config.problems import Finding, shown
 from llamesh.config.tls import certificate_findings
@@ -30,7 +31,6 @@ from llamesh.config.values import (
 
 _HEADER = re.compile(r"[A-Za-z0-9!#$%&'*+.^_`|~-]+")
 _ORIGIN = re.compile(r"\*|[A-Za-z][A-Za-z0-9+.-]*://[^/\s]+")
-_SHA256 = re.compile(r"[0-9a-fA-F]{64}")
 
 # RFC 6335, 5.1: 15 characters at most, a letter among them, no hyphen at an end or beside another.
 _SERVICE = re.compile(r"_(?=[^.]{1,15}\.)(?=[^.]*[A-Za-z])[A-Za-z0-9]+(-[A-Za-z0-9]+)*\._(tcp|udp)\.local\.?")
@@ -77,20 +77,7 @@ def _service_name(value: str) -> str:
     return value
 
 
-def _api_key(value: Any) -> Any:
-    # Checked before it becomes a secret. The messages never repeat it.
-    text = value.get_secret_value() if isinstance(value, SecretStr) else value
-    if not isinstance(text, str):
-        raise reject("a key isn't text", "put it in quotes")
-    if not text or not text.isascii() or not text.isprintable() or text != text.strip():
-        raise reject("a key can't travel in a header", "printable ASCII, without blanks around it")
-    if text.startswith("sha256:") and not _SHA256.fullmatch(text.removeprefix("sha256:")):
-        raise reject("a hashed key isn't a SHA-256", "sha256: and 64 hexadecimal digits, or the key itself")
-    return value
-
-
 GitWord = Annotated[Text, AfterValidator(_git_word)]
-ApiKey = Annotated[SecretStr, BeforeValidator(_api_key)]
 
 
 class ModelDefaults(Section):
@@ -226,15 +213,32 @@ class Auth(Section):
 
     enabled: bool = False
     required_header: Annotated[Text, AfterValidator(_header)] = "x-api-key"
-    allowed_keys: tuple[ApiKey, ...] = ()
-    admin_keys: tuple[ApiKey, ...] = ()
+    allowed_keys: tuple[KeyEntry, ...] = ()
+    admin_keys: tuple[KeyEntry, ...] = ()
+
+    @field_validator("allowed_keys", mode="after")
+    @classmethod
+    def _clients_have_names(cls, value: tuple[AccessKey, ...]) -> tuple[AccessKey, ...]:
+        return named(value, "key")
+
+    @field_validator("admin_keys", mode="after")
+    @classmethod
+    def _administrators_have_names(cls, value: tuple[AccessKey, ...]) -> tuple[AccessKey, ...]:
+        return named(value, "admin")
 
     @model_validator(mode="after")
     def _has_keys(self) -> Self:
         if self.enabled and not self.allowed_keys and not self.admin_keys:
             finding = Finding(("allowed_keys",), "auth is enabled without a key", "list at least one key")
             raise reject_all([finding])
+        lists = (("allowed_keys", self.allowed_keys), ("admin_keys", self.admin_keys))
+        if findings := [*contradictions(lists)]:
+            raise reject_all(findings)
         return self
+
+    def administrators(self) -> tuple[AccessKey, ...]:
+        """Who may administer: without `admin_keys` all who have neither models nor limits of their own."""
+        return self.admin_keys or tuple(key for key in self.allowed_keys if not key.is_restricted)
 
 
 class ServerTls(Section):

@@ -189,8 +189,8 @@ def user_path(text: str) -> Path:
         return Path(text)
 
 
-def _listed(value: Any) -> Any:
-    # One text where a list may stand: the environment's short form, `a,b`.
+def listed(value: Any) -> Any:
+    """One text where a list may stand: the environment's short form, `a,b`."""
     return (
         tuple(part.strip() for part in value.split(",") if part.strip()) if isinstance(value, str) else value
     )
@@ -206,4 +206,4 @@ Url = Annotated[str, AfterValidator(_text), AfterValidator(_url)]
 UserPath = Annotated[Path, PlainValidator(_path)]
 ListenAddress = Annotated[Address, PlainValidator(_address), PlainSerializer(str)]
 NodeId = Annotated[str, AfterValidator(node_id)]
-TextOrList = Annotated[tuple[Text, ...], BeforeValidator(_listed)]
+TextOrList = Annotated[tuple[Text, ...], BeforeValidator(listed)]

@@ -22,7 +22,7 @@ profiles, when room for instances is short, the queue whose head has waited long
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import trio
 
@@ -96,6 +96,12 @@ class Dispatch:
         if found is None and self.router is not None:
             return self.router.peers.find(name)
         return found
+
+    def aliases_of(self, model: str, key: str) -> Iterable[str]:
+        """Other names of a model, here and at peers; `key`: one of its profiles, "model:profile"."""
+        yield from self._current.cookbook.aliases_of(model)
+        if self.router is not None:
+            yield from self.router.peers.aliases_of(key)
 
     def count_origin(self, origin: str, key: str, change: int) -> None:
         """One more (1) or less (-1) of a peer's requests is here."""

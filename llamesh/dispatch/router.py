@@ -8,7 +8,7 @@ is also what peers are told (`situation`), so that both sides of a link reckon w
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterable
 from typing import Protocol
 
 import msgspec
@@ -48,6 +48,9 @@ class Peers(Protocol):
 
     def find(self, name: str) -> Profile | None:
         """The profile that `name` means at a peer, as one that isn't run here."""
+
+    def aliases_of(self, key: str) -> Iterable[str]:
+        """What peers that offer "model:profile" call its model besides."""
 
     def outlooks(
         self,

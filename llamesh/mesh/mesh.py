@@ -63,13 +63,15 @@ _FORGET = 60.0
 
 class Mesh:
     """See the module. Set before `run`: `entries()`, this node's offers by key; `news(asker)`, how it is now;
-    `serve(stream, on_first_request)`, which answers requests on a connection that we dialled.
+    `serve(stream, on_first_request)`, which answers requests on a connection that we dialled; `heard(node,
+    state)`, which is told of another node's entries, or None when it is gone.
     """
 
     def __init__(self, settings: Settings, identity: Identity, known: KnownPeers) -> None:
         cluster = settings.cluster
         self.entries: Callable[[], Mapping[str, bytes]] = dict
         self.news: Callable[[str], News] = lambda asker: News()
+        self.heard: Callable[[str, Mapping[str, bytes] | None], None] = lambda node, state: None
         self.serve: Callable[[NoiseTransport, Callable[[], None]], Awaitable[None]]
         self.identity = identity
         self.interval = float(cluster.gossip_interval_seconds)
@@ -289,6 +291,8 @@ class Mesh:
 
     def _follow(self, event: Event, member: Member | None) -> None:
         node = event.id
+        here = member is not None and member.status in _HERE
+        self.heard(node, member.state if here and member is not None else None)
         if member is None or member.status not in _HERE:
             peer = self.peers.get(node)
             if peer is None:

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Awaitable, Callable, Iterable
+from collections.abc import Awaitable, Callable, Iterable, Mapping
 
 import trio
 
 from llamesh.config.sections import CircuitBreaker
 from llamesh.config.values import Address
 from llamesh.core.breaker import Breaker
-from llamesh.core.offers import IDLE, News, NodeEntry, Offer, Situation
+from llamesh.core.offers import IDLE, OFFER_PREFIX, News, NodeEntry, Offer, Situation, decode_offer
 from llamesh.mesh.links import Links
 from llamesh.mesh.noise_transport import NoiseTransport
 
@@ -42,6 +42,7 @@ class Peer:
         self.direct = True
         self.entry = NodeEntry()
         self.offers: dict[str, Offer] = {}  # by key in lower case
+        self._read: dict[str, tuple[bytes, Offer | None]] = {}  # decoded already, by key of the state
         self.news = News()
         self.news_at = -math.inf
         self._told_at: dict[str, float] = {}  # about single profiles, with replies, since the news
@@ -59,6 +60,18 @@ class Peer:
         return (
             f"<Peer {self.node} {state}, {len(self.links)} links, {sum(self.in_flight.values())} in flight>"
         )
+
+    def read_offers(self, state: Mapping[str, bytes]) -> dict[str, Offer]:
+        """What its gossiped state offers, by key in lower case; what can't be understood is left out. Most
+        updates leave most entries as they were, and those aren't decoded again.
+        """
+        before, self._read = self._read, {}
+        for key, value in state.items():
+            if key.startswith(OFFER_PREFIX):
+                known = before.get(key)
+                same = known is not None and known[0] == value
+                self._read[key] = known if same and known is not None else (value, decode_offer(value))
+        return {offer.key.casefold(): offer for _, offer in self._read.values() if offer is not None}
 
     @property
     def addresses(self) -> tuple[Address, ...]:

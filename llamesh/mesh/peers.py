@@ -17,11 +17,9 @@ from llamesh.core.breaker import Ticket
 from llamesh.core.cost import Outlook, trust_in
 from llamesh.core.offers import (
     NODE_KEY,
-    OFFER_PREFIX,
     NodeEntry,
     Offer,
     decode_entry,
-    decode_offer,
     decode_situation,
 )
 from llamesh.mesh.absent import Absent
@@ -150,10 +148,7 @@ class Peers:
         peer = self.of(node)
         entry = decode_entry(state[NODE_KEY]) if NODE_KEY in state else None
         peer.entry = entry or peer.entry
-        offers = {}
-        for key, value in state.items():
-            if key.startswith(OFFER_PREFIX) and (offer := decode_offer(value)) is not None:
-                offers[offer.key.casefold()] = offer
+        offers = peer.read_offers(state)
         if offers != peer.offers:
             peer.offers = offers
             self._index()
@@ -244,6 +239,11 @@ class Peers:
                 max_instances=0,
             )
         return profile
+
+    def aliases_of(self, key: str) -> Iterator[str]:
+        """See `Peers` of dispatch.router."""
+        for offer in self._having.get(key.casefold(), {}).values():
+            yield from offer.aliases
 
     def offered(self) -> Iterator[tuple[str, dict[str, Offer]]]:
         """Every profile of the peers: its key in lower case, and who offers it."""

@@ -1,8 +1,8 @@
 """What was learned about profiles by running them, kept across restarts in `metrics_path`.
 
-The file is JSON, `{"version": 1, "profiles": {"model:profile": {...}}, "peaks": {...}}`; members that this
-version doesn't know are kept as they are, so that going back and forth between versions loses
-nothing. A file that can't be read is set aside with a warning: learning starts anew, the node starts.
+The file is JSON, `{"version": 1, "profiles": {"model:profile": {...}}, "peaks": {...}, "keys": {...}}`;
+members that this version doesn't know are kept as they are, so that going back and forth between versions
+loses nothing. A file that can't be read is set aside with a warning: learning starts anew, the node starts.
 """
 
 from __future__ import annotations
@@ -93,6 +93,7 @@ class LearnedValues:
         self._unknown: dict[str, dict[str, Any]] = {}
         self._saved = b""
         self.profiles: dict[str, Learned] = {}
+        self.keys: object = {}  # what keys have used, see web.meters
         self.peaks: dict[str, Peak] = {}  # by engine and exact argument list, see local.sizing
 
     def note_peak(self, key: str, vram_mb: int, sysmem_mb: int) -> None:
@@ -132,6 +133,7 @@ class LearnedValues:
                 self.profiles[key] = msgspec.convert(values, Learned)
                 self._unknown[key] = {k: v for k, v in values.items() if k not in Learned.__struct_fields__}
             self.peaks = msgspec.convert(document.pop("peaks", {}), dict[str, Peak])
+            self.keys = document.pop("keys", {})
             self._others = document
         except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
             self.profiles.clear()
@@ -156,6 +158,8 @@ class LearnedValues:
             for key, values in sorted(self.profiles.items())
         }
         document = {**self._others, "version": 1, "profiles": profiles, "peaks": self.peaks}
+        if self.keys:
+            document["keys"] = self.keys
         return msgspec.json.format(msgspec.json.encode(document), indent=1)
 
     def write(self, data: bytes) -> None:

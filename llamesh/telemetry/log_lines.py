@@ -56,6 +56,12 @@ def is_secret_name(name: str) -> bool:
     return known
 
 
+class Shown(str):
+    """Text that is no secret, though its field is called as one: the name of a key."""
+
+    __slots__ = ()
+
+
 def clean(event: Mapping[str, Any]) -> dict[str, Any]:
     """The fields of an event as plain values: text, numbers, lists and mappings, secrets hidden.
 
@@ -71,6 +77,8 @@ def clean(event: Mapping[str, Any]) -> dict[str, Any]:
         elif kind in _PLAIN:
             # A number may be the secret; whether there is one may be told.
             fields[name] = HIDDEN if kind in _NUMBERS and is_secret_name(name) else value
+        elif kind is Shown:
+            fields[name] = _text(str(value))
         else:
             fields[name] = HIDDEN if is_secret_name(name) else _value(value, _MAX_DEPTH)
     if "exc_info" in event:

@@ -5,7 +5,7 @@ docs/metrics.md has a line on each. Names stay; where a family gets another labe
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from itertools import islice
 
@@ -18,6 +18,8 @@ from prometheus_client.core import (
     Metric,
 )
 
+from llamesh.telemetry.key_figures import KeyFigures
+from llamesh.telemetry.key_figures import families as key_families
 from llamesh.telemetry.mesh_figures import MeshFigures, families
 from llamesh.telemetry.stats import Histogram, NodeStats, ProfileStats
 
@@ -61,7 +63,7 @@ class Gauges:
     instances: by (profile key, state); profiles: by key; memory: bytes by ("vram" or "sysmem", what);
     evictions by reason; files: reloads, refused ones, and whether what is on disk is in force;
     profile_memory: bytes by (profile key, "vram" or "sysmem", "estimated" or "measured"); mesh: None where
-    there is none; certificate_expiry: Unix time, None without TLS.
+    there is none; certificate_expiry: Unix time, None without TLS; keys: by name.
     """
 
     instances: dict[tuple[str, str], int]
@@ -73,6 +75,7 @@ class Gauges:
     profile_memory: dict[tuple[str, str, str], int] = field(default_factory=dict)
     mesh: MeshFigures | None = None
     certificate_expiry: float | None = None
+    keys: Mapping[str, KeyFigures] = field(default_factory=dict)
 
 
 class NodeCollector:
@@ -96,7 +99,6 @@ class NodeCollector:
         yield from self._refused()
         yield from _profile_counters(profiles)
         yield from _instance_tokens(profiles)
-        yield from self._keys()
         yield from _profile_histograms([(labels, stats) for labels, stats in profiles if stats.used])
         yield from self._now()
 
@@ -119,19 +121,6 @@ class NodeCollector:
             builds.add_metric((outcome,), count)
         yield builds
 
-    def _keys(self) -> Iterator[Metric]:
-        requests = CounterMetricFamily(
-            "llamesh_key_requests", "Inference requests by the name of the client's key", labels=("key",)
-        )
-        tokens = CounterMetricFamily(
-            "llamesh_key_tokens", "Their tokens: prompts, and what was generated", labels=("key", "kind")
-        )
-        for name, stats in self._stats.keys.items():
-            requests.add_metric((name,), stats.requests_total)
-            tokens.add_metric((name, "prompt"), stats.prompt_tokens_total)
-            tokens.add_metric((name, "generated"), stats.tokens_generated_total)
-        yield from (requests, tokens)
-
     def _now(self) -> Iterator[Metric]:
         now = self._gauges()
         instances = GaugeMetricFamily(
@@ -152,6 +141,7 @@ class NodeCollector:
                 "When the certificate of server_tls expires, Unix time",
                 value=now.certificate_expiry,
             )
+        yield from key_families(now.keys)
         if now.mesh is not None:
             yield from families(now.mesh)
             yield from self._by_node()

@@ -128,21 +128,6 @@ class ProfileStats:
             self.tokens_per_second = speed if known == 0 else known + _NEWEST * (speed - known)
 
 
-@dataclass(slots=True)
-class KeyStats:
-    """What the holder of one key had."""
-
-    requests_total: int = 0
-    tokens_generated_total: int = 0
-    prompt_tokens_total: int = 0
-
-    def count(self, usage: Usage) -> None:
-        """Count one request."""
-        self.requests_total += 1
-        self.tokens_generated_total += usage.completion_tokens
-        self.prompt_tokens_total += usage.prompt_tokens
-
-
 # Nodes that are counted by name. They name themselves, so there may be any number of names.
 _MOST_NODES = 256
 OTHER_NODES = "other nodes"
@@ -151,16 +136,12 @@ OTHER_NODES = "other nodes"
 _MOST_PROFILES = 2048
 OTHER_MODELS = "other models:default"
 
-# Names of keys are the operator's, who may change them all the time, too.
-_MOST_KEYS = 1024
-OTHER_KEYS = "other keys"
-
 
 class NodeStats:
     """All counters of this node. `profile` creates what it doesn't know; keys are "model:profile".
 
     `served_by`: answered requests by node id, see `count_served`; `forward_retries`: forwards after which a
-    request was tried elsewhere, by an error's type, or "lost"; `keys`: by the name of the client's key.
+    request was tried elsewhere, by an error's type, or "lost".
     """
 
     def __init__(self) -> None:
@@ -171,7 +152,6 @@ class NodeStats:
         self.bad_heads = 0
         self.served_by: Counter[str] = Counter()
         self.forward_retries: Counter[str] = Counter()
-        self.keys: dict[str, KeyStats] = {}
 
     def count_served(self, node: str) -> str:
         """A request was answered by that node, this one or another; the name that it is counted under."""
@@ -189,15 +169,6 @@ class NodeStats:
             if not ours and len(self.profiles) >= _MOST_PROFILES:
                 key = OTHER_MODELS
             stats = self.profiles.setdefault(key, ProfileStats())
-        return stats
-
-    def key(self, name: str) -> KeyStats:
-        """The counters of the client's key of that name."""
-        stats = self.keys.get(name)
-        if stats is None:
-            if len(self.keys) >= _MOST_KEYS:
-                name = OTHER_KEYS
-            stats = self.keys.setdefault(name, KeyStats())
         return stats
 
     @property

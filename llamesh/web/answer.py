@@ -16,6 +16,7 @@ from llamesh.net.exchange import Headers, UpstreamConnection
 from llamesh.telemetry.recorder import Record
 from llamesh.telemetry.stats import Usage
 from llamesh.web.body import Body
+from llamesh.web.caller import ANYBODY, Caller
 from llamesh.web.headers import pass_back
 from llamesh.web.openai import Route
 from llamesh.web.sink import Sink
@@ -40,7 +41,8 @@ def working() -> str:
 class Inbound:
     """A request as a lane read it. `query`: without the question mark; `started`: trio's time.
 
-    `travel`: how it came through the mesh; `waiting_for()`: what it waits for now, for people.
+    `travel`: how it came through the mesh; `waiting_for()`: what it waits for now, for people;
+    `caller`: whose key it has; `told`: headers that its answer gets besides, whatever it is.
     """
 
     path: bytes
@@ -50,6 +52,8 @@ class Inbound:
     request_id: str
     started: float
     travel: Travel = AT_HOME
+    caller: Caller = ANYBODY
+    told: Headers | None = None
     waiting_for: Callable[[], str] = working
 
 

@@ -26,6 +26,8 @@ from llamesh.telemetry.logs import get_logger
 from llamesh.telemetry.prometheus import NodeCollector
 from llamesh.web.access import Access
 from llamesh.web.admin import Act, Administration, add_acts, add_admin_routes
+from llamesh.web.caller import Caller
+from llamesh.web.key_routes import add_key_routes
 from llamesh.web.may import add_access_route
 from llamesh.web.openai import ROUTES
 from llamesh.web.pages import Pages
@@ -59,8 +61,11 @@ def build_app(
     app.config["RESPONSE_TIMEOUT"] = None
     app.config["MAX_CONTENT_LENGTH"] = 1 << 20  # admin calls; inference has its own limit elsewhere
 
+    def check_admin() -> Caller:
+        return access.check_admin(_headers(), loopback=_is_loopback(request.remote_addr or ""))
+
     async def perform(act: Act) -> Response:
-        access.check_admin(_headers(), loopback=_is_loopback(request.remote_addr or ""))
+        check_admin()
         if request.method != "POST":
             _check_deliberate()
         document = await _body()
@@ -109,6 +114,7 @@ def build_app(
 
     add_admin_routes(app, administration, perform)
     add_access_route(app, access)
+    add_key_routes(app, access, check_admin)
     if state is not None:
         add_state_routes(app, state, lambda: access.check(_headers()))
         add_acts(app, {"/admin/cancel": ("POST", state.cancel)}, perform)

@@ -84,7 +84,7 @@ class Application:
         with Body(gateway.budget) as body:
             try:
                 _check_query(scope["query_string"])
-                gateway.admit(headers)
+                caller = gateway.admit(headers)
                 if not await self._read(headers, exchange.receive, body):
                     return
             except LlameshError as error:
@@ -94,7 +94,9 @@ class Application:
                 async with exchange.draining():
                     await gateway.refuse(error, id, sink)
                 return
-            inbound = Inbound(scope["raw_path"], scope["query_string"], headers, body, id, started)
+            inbound = Inbound(
+                scope["raw_path"], scope["query_string"], headers, body, id, started, caller=caller
+            )
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(self._watch, exchange.receive, sink, nursery.cancel_scope)
                 sink.on_cancel = nursery.cancel_scope.cancel

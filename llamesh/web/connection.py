@@ -26,6 +26,7 @@ from llamesh.net.transport import SocketTransport, Transport
 from llamesh.telemetry.logs import get_logger
 from llamesh.web.answer import Inbound
 from llamesh.web.body import Body
+from llamesh.web.caller import Caller
 from llamesh.web.headers import request_id, response_head
 from llamesh.web.http_sink import HttpSink
 from llamesh.web.lane import Lane
@@ -198,7 +199,7 @@ class Connection(HttpSink):
         self._reason = None
         id = request_id(head.headers)  # noqa: A001
         try:
-            travel = self._admit(head)
+            travel, caller = self._admit(head)
             if head.length is not None and head.length > lane.body_limit:
                 raise _too_large(lane.body_limit)
         except LlameshError as error:
@@ -223,7 +224,9 @@ class Connection(HttpSink):
                 return
             self._working = True
             self._work_begins()
-            inbound = self._inbound = Inbound(head.path, head.query, head.headers, body, id, started, travel)
+            inbound = self._inbound = Inbound(
+                head.path, head.query, head.headers, body, id, started, travel, caller=caller
+            )
             await gateway.infer(inbound, route, self)
             self._working = False
             self._inbound = None
@@ -232,10 +235,9 @@ class Connection(HttpSink):
     def _work_begins(self) -> None:
         """A request was read, and is about to be answered."""
 
-    def _admit(self, head: RequestHead) -> Travel:
-        """Whether the request may be made at all, and how it came. Raises LlameshError."""
-        self._lane.gateway.admit(head.headers)
-        return AT_HOME
+    def _admit(self, head: RequestHead) -> tuple[Travel, Caller]:
+        """Whether the request may be made at all, how it came and who asks. Raises LlameshError."""
+        return AT_HOME, self._lane.gateway.admit(head.headers)
 
     async def _read_body(self, head: RequestHead, body: Body) -> bool:
         """Read all of it into `body`; False when the client left. Raises BadRequest, RequestTooLarge."""

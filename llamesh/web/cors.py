@@ -15,7 +15,9 @@ _NAMES = re.compile(rb"[a-z0-9!#$%&'*+.^_`|~, -]{1,1024}")
 
 # What a page may read beside the few headers that are always open to it.
 _EXPOSED = (
-    b"retry-after, x-request-id, x-llamesh-node, x-llamesh-profile, x-llamesh-queue-ms, x-llamesh-affinity"
+    b"retry-after, x-request-id, x-llamesh-node, x-llamesh-profile, x-llamesh-queue-ms, x-llamesh-affinity, "
+    b"x-ratelimit-limit-requests, x-ratelimit-remaining-requests, x-ratelimit-reset-requests, "
+    b"x-ratelimit-limit-tokens, x-ratelimit-remaining-tokens, x-ratelimit-reset-tokens"
 )
 
 _METHODS = b"GET, HEAD, POST, OPTIONS"

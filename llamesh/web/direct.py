@@ -13,13 +13,14 @@ from urllib.parse import parse_qsl, unquote
 from llamesh.errors import MethodNotAllowed
 from llamesh.net.exchange import Headers
 from llamesh.web.body import Body
+from llamesh.web.caller import ANYBODY, Caller
 from llamesh.web.sink import Sink
 
 
 @dataclass(slots=True)
 class Call:
     """One request. path: raw, without the query; client: its address; body: read when the handler runs;
-    extra: headers that the answer gets, whatever it is.
+    extra: headers that the answer gets, whatever it is; caller: who asks, known once it is admitted.
     """
 
     method: str
@@ -31,6 +32,7 @@ class Call:
     body: Body
     sink: Sink
     extra: Headers
+    caller: Caller = ANYBODY
 
     @property
     def loopback(self) -> bool:

@@ -6,6 +6,7 @@ errors, counts and logs it is here, so that both lanes give the same answers.
 
 from __future__ import annotations
 
+import time
 from dataclasses import replace
 
 import trio
@@ -17,12 +18,15 @@ from llamesh.dispatch import Dispatch
 from llamesh.dispatch.lease import Ask
 from llamesh.errors import InternalError, InvalidRequest, LlameshError, ModelNotFound
 from llamesh.net.exchange import Headers
+from llamesh.telemetry.log_lines import Shown
 from llamesh.telemetry.logs import get_logger
 from llamesh.telemetry.recorder import Record, Recorder
 from llamesh.telemetry.stats import NodeStats, ProfileStats
+from llamesh.web import quota
 from llamesh.web.access import Access
 from llamesh.web.answer import ClientGone, Inbound, Job, Outcome, finish_with_event
 from llamesh.web.body import Budget
+from llamesh.web.caller import ANYBODY, Caller
 from llamesh.web.headers import NONE
 from llamesh.web.openai import SESSION_HEADERS, Route, choose_profile, read_features, read_prefix, read_wish
 from llamesh.web.relay import Relay
@@ -37,6 +41,7 @@ class Gateway:
     def __init__(self, current: Current, dispatch: Dispatch, stats: NodeStats) -> None:
         self._current = current
         self.access = Access(current.settings)
+        self.access.aliases_of = dispatch.aliases_of
         self.budget = Budget()
         self.stats = stats
         self.recorder = Recorder()
@@ -54,13 +59,13 @@ class Gateway:
         self.access.configure(self.settings)
         self._relay.configure(self.settings)
 
-    def admit(self, headers: Headers, *, peer: bool = False) -> None:
-        """What can be refused before the body is read. Raises LlameshError. A `peer` has proven who it
-        is, and checked its client's key itself.
+    def admit(self, headers: Headers, *, peer: bool = False) -> Caller:
+        """What can be refused before the body is read; who asks. Raises LlameshError. A `peer` has proven
+        who it is, and checked its client's key itself.
         """
-        if not peer:
-            self.access.check(headers)
+        caller = ANYBODY if peer else self.access.check(headers)
         self._check_hops(headers)
+        return caller
 
     async def infer(self, inbound: Inbound, route: Route, sink: Sink) -> None:
         """Answer one admitted request: with the upstream's answer, or with an error. Never raises
@@ -71,7 +76,12 @@ class Gateway:
         job: Job | None = None
         profile_stats: ProfileStats | None = None
         key, origin = "", inbound.travel.origin
+        caller, counted = inbound.caller, False
         try:
+            if caller.figures is not None:
+                record.key = caller.name
+                quota.admit(inbound, time.time())
+                counted = True
             ask = self._understand(inbound, route, record)
             key = record.model = ask.profile.key
             profile_stats = self.stats.profiles.get(key)
@@ -87,7 +97,7 @@ class Gateway:
         except LlameshError as error:
             outcome.status = outcome.status or error.status
             outcome.error, record.message = error.type, error.message[:1000]
-            more = self._relay.news(job) if origin and job is not None else NONE
+            more = self._relay.news(job) if origin and job is not None else inbound.told or NONE
             await self.refuse(error, inbound.request_id, sink, route, more)
         except ClientGone:
             outcome.error = "cancelled"
@@ -104,6 +114,8 @@ class Gateway:
                 profile_stats.current_requests -= 1
                 if origin:
                     self._dispatch.count_origin(origin, key, -1)
+            if counted:
+                quota.settle(caller, outcome.usage, time.time())
             self._account(inbound, key, profile_stats, outcome)
 
     async def refuse(
@@ -156,6 +168,8 @@ class Gateway:
         profile = choose_profile(
             self._dispatch.find, wish, route, self.settings.default_model, self.settings.node_id
         )
+        if inbound.caller.models is not None:
+            self.access.check_model(inbound.caller, profile.model, profile.id)
         # Only text streams; elsewhere llama-server ignores the wish, and so must the keep-alives.
         streams = record.streams = wish.streams and route.needs == "text"
         prefix = read_prefix(wish, route, profile.key, session)
@@ -206,8 +220,6 @@ class Gateway:
             if scan is not None and scan.first_token is not None:
                 stats.first_token_seconds.observe(scan.first_token)
                 scan.add_times(stats.inter_token_seconds)
-        if outcome.record.key:
-            self.stats.key(outcome.record.key).count(usage)
         self._close(outcome, seconds)
         log.info(
             "request",
@@ -216,6 +228,7 @@ class Gateway:
             profile=key,
             instance=outcome.instance,
             **({"origin": inbound.travel.origin} if inbound.travel.origin else {}),
+            **({"key": Shown(inbound.caller.name)} if inbound.caller.name else {}),
             status=outcome.status,
             error=outcome.error,
             ms=round(seconds * 1000, 1),

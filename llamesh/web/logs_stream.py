@@ -15,7 +15,7 @@ import msgspec
 import trio
 
 from llamesh.dispatch import Dispatch
-from llamesh.errors import InvalidRequest, ModelNotFound, NotFound, Overloaded
+from llamesh.errors import Forbidden, InvalidRequest, ModelNotFound, NotFound, Overloaded
 from llamesh.local.instance import Instance
 from llamesh.local.pool import Pool
 from llamesh.web.access import Access
@@ -81,7 +81,7 @@ class LogStream:
     def admit(self, call: Call) -> None:
         """A key, as for metrics."""
         only_get(call)
-        self._access.check(call.headers)
+        call.caller = self._access.check(call.headers)
 
     async def run(self, call: Call) -> None:
         """Until the reader leaves."""
@@ -91,6 +91,10 @@ class LogStream:
         if node == self._node_id():
             node = ""
         key = self._key(name, anywhere=bool(node))
+        if call.caller.models is not None:
+            if not key:
+                raise Forbidden(f"the key {call.caller.name} may not read all logs; name a model in the path")
+            self._access.check_model(call.caller, *key.split(":", 1))
         if self._readers >= _MOST_READERS:
             raise TooManyReaders(f"{_MOST_READERS} streams of logs are open, as many as there may be")
         sse = arguments.get("format") == "sse" or "text/event-stream" in call.header(b"accept")

@@ -26,6 +26,7 @@ from llamesh.telemetry.learned import LearnedValues
 from llamesh.telemetry.prometheus import Gauges, ProfileFigures
 from llamesh.telemetry.stats import NodeStats
 from llamesh.web.access import Access
+from llamesh.web.caller import ANYBODY, Caller
 from llamesh.web.mesh_pages import MeshPages
 from llamesh.web.tls import Certificate
 
@@ -82,11 +83,10 @@ class Pages:
         """The GETs of the fast lane: status, headers, body; None when `path` isn't one of them."""
         try:
             if path in (b"/v1/models", b"/models"):
-                self._access.check(headers)
-                return _json(200, self.models())
+                return _json(200, self.models(self._access.check(headers)))
             if path.startswith(b"/v1/models/"):
-                self._access.check(headers)
-                return _json(200, self.model(path[len(b"/v1/models/") :].decode("utf-8", "replace")))
+                name = path[len(b"/v1/models/") :].decode("utf-8", "replace")
+                return _json(200, self.model(name, self._access.check(headers)))
             if path in (b"/health", b"/healthz"):
                 return _json(200, {"status": "ok"})
             if path == b"/readyz":
@@ -104,16 +104,23 @@ class Pages:
 
     # Documents.
 
-    def models(self) -> dict[str, Any]:
-        """`GET /v1/models`."""
+    def models(self, caller: Caller = ANYBODY) -> dict[str, Any]:
+        """`GET /v1/models`: those that the caller's key may use."""
         listed = self._cookbook().listed()
         data = [self._model(profile) for profile in listed]
         if self.mesh is not None:
             data += self.mesh.models({profile.key.casefold() for profile in listed})
+        if caller.models is not None:
+            data = [one for one in data if self._access.may_use(caller, *_names(one))]
         return {"object": "list", "data": data}
 
-    def model(self, name: str) -> dict[str, Any]:
-        """`GET /v1/models/{id}`. Raises ModelNotFound."""
+    def model(self, name: str, caller: Caller = ANYBODY) -> dict[str, Any]:
+        """`GET /v1/models/{id}`. Raises ModelNotFound or Forbidden."""
+        entry = self._named(name)
+        self._access.check_model(caller, *_names(entry))
+        return entry
+
+    def _named(self, name: str) -> dict[str, Any]:
         profile = self._cookbook().find(unquote(name))
         if profile is None:
             if self.mesh is not None and (entry := self.mesh.model(unquote(name))) is not None:
@@ -242,6 +249,7 @@ class Pages:
             self._profile_memory(),
             self.mesh.figures() if self.mesh is not None else None,
             self.certificate.expiry if self.certificate is not None else None,
+            self._access.figures,
         )
 
     def _figures(self, key: str) -> ProfileFigures:
@@ -358,6 +366,11 @@ def _shown(error: ConfigError) -> list[str]:
         str(replace(problem, file=PurePath(problem.file).name))
         for problem in error.problems[: ConfigError.SHOWN]
     ]
+
+
+def _names(entry: dict[str, Any]) -> tuple[str, str]:
+    """Model and profile of an entry of `/v1/models`."""
+    return entry["metadata"]["model"], entry["metadata"]["profile_id"]
 
 
 def _mib(size: int | None) -> int | None:

@@ -20,6 +20,7 @@ from llamesh.mesh.noise_transport import NoiseTransport
 from llamesh.net.heads import RequestHead
 from llamesh.telemetry.logs import get_logger
 from llamesh.web.body import Body
+from llamesh.web.caller import Caller
 from llamesh.web.connection import Connection
 from llamesh.web.headers import request_id, response_head
 from llamesh.web.lane import Lane
@@ -97,9 +98,9 @@ class PeerConnection(Connection):
                 return False
         return await super()._one_request()
 
-    def _admit(self, head: RequestHead) -> Travel:
-        self._lane.gateway.admit(head.headers, peer=True)
-        return read_travel(head.headers, self.peer)
+    def _admit(self, head: RequestHead) -> tuple[Travel, Caller]:
+        caller = self._lane.gateway.admit(head.headers, peer=True)
+        return read_travel(head.headers, self.peer), caller
 
     async def _answer_other(self, head: RequestHead, size: int) -> bool:
         self._unread = self._unread[size:]

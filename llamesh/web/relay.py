@@ -359,6 +359,8 @@ class Relay:
 
     def _own_headers(self, job: Job, lease: AnyLease | None, theirs: Headers) -> Headers:
         headers = own_headers(self._node_header, job, lease, theirs)
+        if job.inbound.told:
+            headers += job.inbound.told
         return [*headers, *self.news(job)] if job.ask.travel.origin else headers
 
     def news(self, job: Job) -> Headers:

@@ -174,7 +174,7 @@ class StreamHandler:
         await self._stream.serve(call.sink, last, call.sink.abort, [])
 
 
-def add_state_routes(app: QuartTrio, api: StateApi, check: Callable[[], None]) -> None:
+def add_state_routes(app: QuartTrio, api: StateApi, check: Callable[[], object]) -> None:
     """`check` raises LlameshError unless the caller of the present request may see the state."""
 
     @app.get("/api/v1/state")

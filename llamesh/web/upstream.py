@@ -85,9 +85,9 @@ class Upstream:
         try:
             headers = _with_basic(call.headers)
             if call.method in _READING:
-                self._access.check(headers)
+                call.caller = self._access.check(headers)
             else:
-                self._access.check_admin(headers, loopback=call.loopback)
+                call.caller = self._access.check_admin(headers, loopback=call.loopback)
         except NotAuthenticated:
             call.extra.append((b"www-authenticate", b'Basic realm="llamesh: the password is the key"'))
             raise
@@ -105,6 +105,7 @@ class Upstream:
 
     async def pass_on(self, call: Call, profile: Profile, target: bytes, *, start: bool) -> None:
         """Ask an instance of `profile` for `target`. `start`: one is started if none is ready."""
+        self._access.check_model(call.caller, profile.model, profile.id)
         if call.method in _READING:
             instance = await self._ready(profile, start=start)
             await self._exchange(call, instance, target)
@@ -237,7 +238,7 @@ class OfModel:
     def admit(self, call: Call) -> None:
         """A key, as for metrics."""
         only_get(call)
-        self._access.check(call.headers)
+        call.caller = self._access.check(call.headers)
 
     async def run(self, call: Call) -> None:
         """One exchange with one instance."""

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from pathlib import Path
 
+from llamesh.telemetry.key_figures import KeyFigures
 from llamesh.telemetry.mesh_figures import MeshFigures, PeerFigures
 from llamesh.telemetry.prometheus import Gauges, NodeCollector, ProfileFigures
 from llamesh.telemetry.stats import NodeStats
@@ -24,7 +26,6 @@ def everything() -> NodeCollector:
     one.outcomes["ok", "a", "client"] = 1
     stats.rejected["model_not_found"] = stats.builds["built"] = stats.forward_retries["lost"] = 1
     stats.count_served("a")
-    stats.key("team")
     peer = PeerFigures("b", True, 0.1, "closed", {"lost": 0}, 1, {"idle": 1})
     gauges = Gauges(
         {("m:default", "ready"): 1},
@@ -34,6 +35,7 @@ def everything() -> NodeCollector:
         profile_memory={("m:default", "vram", "measured"): 1},
         mesh=MeshFigures({}, [peer], {("in", "root"): (1, 1)}, {("dialler", "ok"): 1}),
         certificate_expiry=1.0,
+        keys={"team": KeyFigures(refused=Counter(models=1))},
     )
     info = dict.fromkeys(("version", "node", "engine", "engine_version"), "x")
     return NodeCollector(stats, lambda: gauges, lambda: info)

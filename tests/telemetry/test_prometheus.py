@@ -10,7 +10,6 @@ from prometheus_client.parser import text_string_to_metric_families
 from llamesh.telemetry.exposition import exposition
 from llamesh.telemetry.prometheus import Gauges, NodeCollector, ProfileFigures
 from llamesh.telemetry.stats import (
-    OTHER_KEYS,
     OTHER_MODELS,
     OTHER_NODES,
     NodeStats,
@@ -173,24 +172,12 @@ def test_names_of_others_are_few() -> None:
     stats = NodeStats()
     for number in range(5000):
         stats.profile(f"theirs-{number}:default", ours=False).requests_total += 1
-        stats.key(f"key-{number}").count(Usage(completion_tokens=2))
         stats.count_served(f"node-{number}")
     stats.profile("ours:default").requests_total += 1
     assert len(stats.profiles) == 2048 + 2
     assert stats.profiles[OTHER_MODELS].requests_total == 5000 - 2048
     assert stats.profiles["ours:default"].requests_total == 1
-    assert len(stats.keys) == 1024 + 1
-    assert stats.keys[OTHER_KEYS].tokens_generated_total == 2 * (5000 - 1024)
     assert stats.served_by[OTHER_NODES] == 5000 - 256
-
-
-def test_keys_by_name() -> None:
-    stats = NodeStats()
-    stats.key("team-a").count(Usage(prompt_tokens=5, completion_tokens=2))
-    samples = scrape(stats)
-    assert samples["llamesh_key_requests_total", (("key", "team-a"),)] == 1
-    assert samples["llamesh_key_tokens_total", (("key", "team-a"), ("kind", "prompt"))] == 5
-    assert samples["llamesh_key_tokens_total", (("key", "team-a"), ("kind", "generated"))] == 2
 
 
 def many(count: int) -> NodeStats:

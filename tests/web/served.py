@@ -180,15 +180,23 @@ def served(
 class Asking:
     """A request whose answer is read bit by bit, the same by every lane. Raises Cut."""
 
-    def __init__(self, node: Served, lane: str, document: Any, path: str = "/v1/chat/completions") -> None:
+    def __init__(
+        self,
+        node: Served,
+        lane: str,
+        document: Any,
+        path: str = "/v1/chat/completions",
+        headers: Mapping[str, str] | None = None,
+    ) -> None:
         self.lane = lane
-        body = json.dumps(document).encode()
+        body, fields = json.dumps(document).encode(), dict(headers or {})
         if lane == "http2":
             self._two = Http2(node.port)
-            self._stream = self._two.start("POST", path, body=body)
+            self._stream = self._two.start("POST", path, [*fields.items()], body)
         else:
             self._one = Http1(node.port)
-            self._one.send(post(body, path, version="1.0" if lane == "http1.0" else "1.1"))
+            lines = [f"{name}: {value}" for name, value in fields.items()]
+            self._one.send(post(body, path, *lines, version="1.0" if lane == "http1.0" else "1.1"))
 
     def __enter__(self) -> Asking:
         return self

@@ -132,3 +132,9 @@ def test_asked_for_headers_that_are_none_are_not_repeated() -> None:
     asked: Headers = [*ASKED[:2], (b"access-control-request-headers", b"a\r\nb: c")]
     names = [name for name, _ in Cors(["*"]).preflight("OPTIONS", asked) or []]
     assert b"access-control-allow-headers" not in names
+
+
+def test_nobody_has_a_hundred_keys() -> None:
+    """Each would be compared with all that there are."""
+    with pytest.raises(NotAuthenticated):
+        access().check([(b"x-api-key", b"no")] * 100 + [(b"x-api-key", b"key")])
