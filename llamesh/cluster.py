@@ -32,9 +32,10 @@ from llamesh.peer_weights import PeerWeights
 from llamesh.telemetry.learned import LearnedValues
 from llamesh.telemetry.logs import get_logger
 from llamesh.web.admin import Administration
+from llamesh.web.audited import audited
 from llamesh.web.fast_lane import FastLane
 from llamesh.web.mesh_pages import MeshPages
-from llamesh.web.mesh_state import MeshRoute
+from llamesh.web.mesh_state import CANCEL, MeshRoute
 from llamesh.web.pages import CREATED, Pages
 from llamesh.web.peer_files import PeerFiles
 from llamesh.web.peer_lane import PeerLane
@@ -44,6 +45,9 @@ __all__ = ["Cluster", "IdentityError", "Member", "load_member"]
 log = get_logger("mesh")
 
 Member = tuple[Identity, KnownPeers]
+
+# What an operator at a peer has done here.
+_ACTS = frozenset({"/mesh/prewarm", CANCEL})
 
 
 def load_member(settings: Settings, environ: Mapping[str, str]) -> Member:
@@ -99,7 +103,7 @@ class Cluster:
         )
         self.weights = PeerWeights(self.mesh.peers, shared, self.unwilling)
         pool.weights.ask(self.weights)
-        stats = lane.gateway.stats
+        self._audit, stats = lane.gateway.audit, lane.gateway.stats
         files = PeerFiles(self.weights.open, self.unwilling, lambda: stats.current_requests)
         self.lane = PeerLane(lane, self.mesh, self._administer, files)
         self.mesh.serve = self.lane.serve_parked
@@ -149,6 +153,15 @@ class Cluster:
 
     async def _administer(self, peer: str, path: str, body: bytes) -> tuple[int, bytes] | None:
         """What a peer asks for: weights, or what its operator wants, having been let in there."""
+        if path not in _ACTS:
+            return await self._answer(peer, path, body)
+        with audited(self._audit, path, "", origin=peer) as deed:
+            deed.document = _object(body)
+            answer = await self._answer(peer, path, body)
+            deed.status = 404 if answer is None else answer[0]
+        return answer
+
+    async def _answer(self, peer: str, path: str, body: bytes) -> tuple[int, bytes] | None:
         if (route := self.routes.get(path)) is not None:
             return await route(peer, body)
         if path == WEIGHTS:
@@ -169,6 +182,14 @@ class Cluster:
         except LlameshError as error:
             return error.status, error.body()
         return status, msgspec.json.encode(answer)
+
+
+def _object(body: bytes) -> dict[str, Any]:
+    """What is asked for, for the audit file; whoever carries it out says what is wrong with it."""
+    try:
+        return msgspec.json.decode(body, type=dict[str, Any])
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
+        return {}
 
 
 def _paths(current: Current) -> list[str]:

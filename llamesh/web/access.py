@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import hmac
-import ipaddress
 from collections.abc import Iterable
-from urllib.parse import urlsplit
 
 from llamesh.config.settings import Settings
-from llamesh.errors import Forbidden, NotAuthenticated
+from llamesh.errors import Forbidden, LlameshError, NotAuthenticated
 from llamesh.net.exchange import Headers
+from llamesh.web.caller import Caller
+from llamesh.web.sites import Sites
 
 
 class Access:
@@ -19,6 +19,7 @@ class Access:
     """
 
     def __init__(self, settings: Settings) -> None:
+        self.sites = Sites(settings)
         self.configure(settings)
 
     def configure(self, settings: Settings) -> None:
@@ -28,44 +29,58 @@ class Access:
         self._header = auth.required_header.lower().encode()
         self._keys = _digests(auth.allowed_keys)
         self._admins = _digests(auth.admin_keys) or self._keys
-        self._origins = {origin.lower() for origin in settings.http.cors_allowed_origins}
+        self.sites.configure(settings)
 
-    def check(self, headers: Headers) -> None:
-        """Raises NotAuthenticated unless a valid key (of either kind) is presented."""
+    def check(self, headers: Headers) -> Caller:
+        """Raises NotAuthenticated unless a valid key (of either kind) is presented; without auth Forbidden
+        for a web page that has no business here, see `web.sites`.
+        """
         if not self._enabled:
-            return
+            self.sites.check(headers)
+            return Caller()
         presented = self._presented(headers)
         if not _holds(self._keys, presented) and not _holds(self._admins, presented):
             raise NotAuthenticated(self._hint("the API key that was sent isn't valid"))
+        return Caller()
 
-    def check_admin(self, headers: Headers, *, loopback: bool) -> None:
+    def who(self, headers: Headers) -> Caller:
+        """Whose request it is that was refused: nobody's, without a valid key."""
+        try:
+            return self.check(headers)
+        except LlameshError:
+            return Caller()
+
+    def check_posted(self, headers: Headers) -> None:
+        """For a POST of inference that has an `Origin`, after `check`."""
+        if not self._enabled:
+            self.sites.check_posted(headers)
+
+    def check_private(self, headers: Headers) -> Caller:
+        """`check` for what tells about the node and its users: state, logs, instances' own pages."""
+        caller = self.check(headers)
+        if not self._enabled:
+            self.sites.check_private(headers)
+        return caller
+
+    def check_shown(self, headers: Headers) -> None:
+        """For the dashboard's page, which holds no data."""
+        if not self._enabled:
+            self.sites.check_shown(headers)
+
+    def check_admin(self, headers: Headers, *, loopback: bool) -> Caller:
         """Raises NotAuthenticated or Forbidden unless the caller may administer."""
         if not self._enabled:
             if not loopback:
                 raise Forbidden("without auth.enabled, administration is possible only from this machine")
-            self._check_origin(headers)
-            return
+            self.sites.check_admin(headers)
+            return Caller()
         presented = self._presented(headers)
         if _holds(self._admins, presented):
-            return
+            self.sites.check_keyed(headers)
+            return Caller()
         if _holds(self._keys, presented):
             raise Forbidden("this key may not administer; use one of auth.admin_keys")
         raise NotAuthenticated(self._hint("the API key that was sent isn't valid"))
-
-    def _check_origin(self, headers: Headers) -> None:
-        """A browser on this machine sends for any page that it shows: only the node's own page, under
-        an address that nobody else's name server can claim, and the allowed origins may administer.
-        """
-        origin = host = ""
-        for name, value in headers:
-            if name == b"origin":
-                origin = value.decode("latin-1").lower()
-            elif name == b"host":
-                host = value.decode("latin-1").lower()
-        if not origin or origin in self._origins:
-            return
-        if origin.partition("://")[2] != host or not _is_literal(host):
-            raise Forbidden("without auth.enabled, pages of other origins may not administer")
 
     def _presented(self, headers: Headers) -> list[bytes]:
         """Digests of all keys that came: clients that must send a Bearer add the real key in the header."""
@@ -99,12 +114,3 @@ def _holds(digests: tuple[bytes, ...], presented: list[bytes]) -> bool:
         for digest in presented:
             found |= hmac.compare_digest(known, digest)
     return found
-
-
-def _is_literal(host: str) -> bool:
-    """Whether a Host header names an IP address or localhost."""
-    try:
-        name = urlsplit(f"//{host}").hostname or ""
-        return name == "localhost" or bool(ipaddress.ip_address(name))
-    except ValueError:
-        return False

@@ -40,7 +40,8 @@ def working() -> str:
 class Inbound:
     """A request as a lane read it. `query`: without the question mark; `started`: trio's time.
 
-    `travel`: how it came through the mesh; `waiting_for()`: what it waits for now, for people.
+    `travel`: how it came through the mesh; `waiting_for()`: what it waits for now, for people; `address`: of
+    the connection's other end, where somebody wants to know it.
     """
 
     path: bytes
@@ -51,6 +52,7 @@ class Inbound:
     started: float
     travel: Travel = AT_HOME
     waiting_for: Callable[[], str] = working
+    address: str = ""
 
 
 @dataclass(slots=True)

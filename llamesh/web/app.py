@@ -21,10 +21,13 @@ from llamesh.errors import (
     RequestTooLarge,
 )
 from llamesh.net.exchange import Headers
+from llamesh.telemetry.audit import Audit
 from llamesh.telemetry.logs import get_logger
 from llamesh.telemetry.prometheus import NodeCollector, exposition
 from llamesh.web.access import Access
 from llamesh.web.admin import Act, Administration, add_acts, add_admin_routes
+from llamesh.web.audited import audited
+from llamesh.web.headers import request_id
 from llamesh.web.openai import ROUTES
 from llamesh.web.pages import Pages
 from llamesh.web.state_routes import StateApi, add_state_routes
@@ -51,22 +54,33 @@ def build_app(
     collector: NodeCollector,
     access: Access,
     state: StateApi | None = None,
+    audit: Audit | None = None,
 ) -> QuartTrio:
-    """The application; it owns nothing and starts nothing."""
+    """The application; it owns nothing and starts nothing. `audit`: where acts are written down."""
     app = QuartTrio(__name__, static_folder="static", static_url_path="/ui/static")
     app.config["RESPONSE_TIMEOUT"] = None
     app.config["MAX_CONTENT_LENGTH"] = 1 << 20  # admin calls; inference has its own limit elsewhere
 
     async def perform(act: Act) -> Response:
-        access.check_admin(_headers(), loopback=_is_loopback(request.remote_addr or ""))
-        if request.method != "POST":
-            _check_deliberate()
-        status, document = await act(await _body())
-        return _answer(document, status)
+        headers, address = _headers(), request.remote_addr or ""
+        with audited(audit, request.path, address, request_id=request_id(headers)) as deed:
+            deed.caller = access.who(headers)  # of one who may not, too
+            deed.caller = access.check_admin(headers, loopback=_is_loopback(address))
+            if request.method != "POST":
+                _check_deliberate()
+                deed.quiet = request.path == "/admin/builds"
+            deed.document = await _body()
+            deed.status, document = await act(deed.document)
+        return _answer(document, deed.status)
 
     @app.errorhandler(Exception)
     async def on_error(error: Exception) -> Response:
         return _error(error)
+
+    @app.before_request
+    async def look() -> None:
+        if request.path == "/" or request.path.startswith("/ui/"):
+            access.check_shown(_headers())
 
     @app.after_request
     async def guard(response: Response) -> Response:
@@ -104,7 +118,7 @@ def build_app(
 
     add_admin_routes(app, administration, perform)
     if state is not None:
-        add_state_routes(app, state, lambda: access.check(_headers()))
+        add_state_routes(app, state, lambda: access.check_private(_headers()))
         add_acts(app, {"/admin/cancel": ("POST", state.cancel)}, perform)
     known = {rule.rule: frozenset(rule.methods or ()) for rule in app.url_map.iter_rules()}
 

@@ -6,20 +6,21 @@ from __future__ import annotations
 
 import ipaddress
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 from urllib.parse import parse_qsl, unquote
 
 from llamesh.errors import MethodNotAllowed
 from llamesh.net.exchange import Headers
 from llamesh.web.body import Body
+from llamesh.web.caller import Caller
 from llamesh.web.sink import Sink
 
 
 @dataclass(slots=True)
 class Call:
     """One request. path: raw, without the query; client: its address; body: read when the handler runs;
-    extra: headers that the answer gets, whatever it is.
+    extra: headers that the answer gets, whatever it is; caller: set by the handler that checked the key.
     """
 
     method: str
@@ -31,6 +32,7 @@ class Call:
     body: Body
     sink: Sink
     extra: Headers
+    caller: Caller = field(default_factory=Caller)
 
     @property
     def loopback(self) -> bool:

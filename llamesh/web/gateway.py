@@ -16,6 +16,7 @@ from llamesh.dispatch import Dispatch
 from llamesh.dispatch.lease import Ask
 from llamesh.errors import InternalError, InvalidRequest, LlameshError, ModelNotFound
 from llamesh.net.exchange import Headers
+from llamesh.telemetry.audit import Audit
 from llamesh.telemetry.logs import get_logger
 from llamesh.telemetry.recorder import Record, Recorder
 from llamesh.telemetry.stats import NodeStats, ProfileStats
@@ -23,7 +24,7 @@ from llamesh.web.access import Access
 from llamesh.web.answer import ClientGone, Inbound, Job, Outcome, finish_with_event
 from llamesh.web.body import Budget
 from llamesh.web.headers import NONE
-from llamesh.web.openai import Route, choose_profile, read_features, read_wish
+from llamesh.web.openai import ROUTES, Route, choose_profile, read_features, read_wish
 from llamesh.web.relay import Relay
 from llamesh.web.sink import Sink
 
@@ -33,11 +34,15 @@ log = get_logger("request")
 class Gateway:
     """Everything that a lane needs to answer inference requests."""
 
-    def __init__(self, current: Current, dispatch: Dispatch, stats: NodeStats) -> None:
+    def __init__(
+        self, current: Current, dispatch: Dispatch, stats: NodeStats, audit: Audit | None = None
+    ) -> None:
+        """`audit`: the file that says who asked for what, None where it is off."""
         self._current = current
         self.access = Access(current.settings)
         self.budget = Budget()
         self.stats = stats
+        self.audit = audit
         self.recorder = Recorder()
         self._dispatch = dispatch
         self._relay = Relay(current.settings, dispatch)
@@ -59,7 +64,11 @@ class Gateway:
         """
         if not peer:
             self.access.check(headers)
-        self._check_hops(headers)
+        for name, value in headers:
+            if name == b"x-llama-mesh-hops":
+                self._check_hops(value)
+            elif name == b"origin" and not peer:
+                self.access.check_posted(headers)
 
     async def infer(self, inbound: Inbound, route: Route, sink: Sink) -> None:
         """Answer one admitted request: with the upstream's answer, or with an error. Never raises
@@ -102,6 +111,23 @@ class Gateway:
                 if origin:
                     self._dispatch.count_origin(origin, key, -1)
             self._account(inbound, key, profile_stats, outcome)
+
+    def count_refused(
+        self,
+        error: LlameshError,
+        id: str,  # noqa: A002
+        path: bytes,
+        headers: Headers,
+        address: str,
+        origin: str = "",
+    ) -> None:
+        """A request wasn't admitted, or its body didn't come. `address`: of the connection's other end;
+        `origin`: the peer that sent it.
+        """
+        self.stats.rejected[error.type] += 1
+        if self.audit is not None and path in ROUTES:
+            key = "" if origin else self.access.who(headers).name
+            self.audit.refused(id, key, address, origin, path, (error.status, error.type, error.message))
 
     async def refuse(
         self,
@@ -166,15 +192,11 @@ class Gateway:
         features = read_features(wish, route, inbound.body, self._number)
         return Ask(profile, inbound.request_id, streams, travel, features, record=record)
 
-    def _check_hops(self, headers: Headers) -> None:
-        for name, value in headers:
-            if name == b"x-llama-mesh-hops":
-                limit = self.settings.max_hops
-                if not value.isdigit() or len(value) > 9 or int(value) > limit:
-                    shown = value[:20].decode("ascii", "replace")
-                    raise InvalidRequest(
-                        f"Too many hops: X-Llama-Mesh-Hops is {shown!r}, the limit is {limit}"
-                    )
+    def _check_hops(self, value: bytes) -> None:
+        limit = self.settings.max_hops
+        if not value.isdigit() or len(value) > 9 or int(value) > limit:
+            shown = value[:20].decode("ascii", "replace")
+            raise InvalidRequest(f"Too many hops: X-Llama-Mesh-Hops is {shown!r}, the limit is {limit}")
 
     def _account(self, inbound: Inbound, key: str, stats: ProfileStats | None, outcome: Outcome) -> None:
         seconds = trio.current_time() - inbound.started
@@ -196,6 +218,8 @@ class Gateway:
             if outcome.first_byte_seconds is not None:
                 stats.first_byte_seconds.observe(outcome.first_byte_seconds)
         self._close(outcome, seconds)
+        if self.audit is not None:
+            self.audit.request(outcome.record, inbound.address)
         log.info(
             "request",
             request_id=inbound.request_id,

@@ -81,7 +81,7 @@ class LogStream:
     def admit(self, call: Call) -> None:
         """A key, as for metrics."""
         only_get(call)
-        self._access.check(call.headers)
+        self._access.check_private(call.headers)
 
     async def run(self, call: Call) -> None:
         """Until the reader leaves."""

@@ -159,7 +159,7 @@ class StreamHandler:
     def admit(self, call: Call) -> None:
         """A key, as for the state."""
         only_get(call)
-        self._access.check(call.headers)
+        self._access.check_private(call.headers)
 
     async def run(self, call: Call) -> None:
         """Until the viewer leaves."""
@@ -167,7 +167,7 @@ class StreamHandler:
         await self._stream.serve(call.sink, last, call.sink.abort, [])
 
 
-def add_state_routes(app: QuartTrio, api: StateApi, check: Callable[[], None]) -> None:
+def add_state_routes(app: QuartTrio, api: StateApi, check: Callable[[], object]) -> None:
     """`check` raises LlameshError unless the caller of the present request may see the state."""
 
     @app.get("/api/v1/state")
