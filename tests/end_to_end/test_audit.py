@@ -78,7 +78,9 @@ async def test_it_survives_the_node(tmp_path: Path) -> None:
     directory = tmp_path / "audits"
     config = writing(directory)
     for number, how in enumerate((signal.SIGTERM, signal.SIGKILL, signal.SIGTERM)):
-        async with running_node(tmp_path, fakes(tmp_path, m={}), config, binary_path=FAKE_LLAMA_SERVER) as node:
+        async with running_node(
+            tmp_path, fakes(tmp_path, m={}), config, binary_path=FAKE_LLAMA_SERVER
+        ) as node:
             headers = {"x-request-id": f"life-{number}"}
             assert (await node.client.post(CHAT, json=chat("m"), headers=headers)).status_code == 200
             if how == signal.SIGKILL:
@@ -90,7 +92,9 @@ async def test_it_survives_the_node(tmp_path: Path) -> None:
 async def test_a_directory_that_cant_be_used_ends_the_start(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(AssertionError, match=r"audit\.directory .* can't be used"):
-        async with running_node(tmp_path, cookbook(), writing(tmp_path / "file"), binary_path=FAKE_LLAMA_SERVER):
+        async with running_node(
+            tmp_path, cookbook(), writing(tmp_path / "file"), binary_path=FAKE_LLAMA_SERVER
+        ):
             pass
 
 
@@ -108,7 +112,9 @@ async def test_a_disk_that_says_no_is_told_and_holds_up_nobody(tmp_path: Path) -
         with trio.fail_after(20):
             while "audit" not in await concerns(node):
                 await trio.sleep(0.05)
-        [concern] = [one for one in (await node.client.get(STATE)).json()["attention"] if one["what"] == "audit"]
+        [concern] = [
+            one for one in (await node.client.get(STATE)).json()["attention"] if one["what"] == "audit"
+        ]
         assert str(tmp_path) not in json.dumps(concern)
         directory.unlink()
         await wait_until(lambda: len(audit_of(directory)) == 3, "the lines that waited are written")

@@ -22,10 +22,11 @@ from llamesh.telemetry.recorder import Record
 
 PATIENCE = 20.0
 
-REQUEST = ["time", "what", "node", "request_id", "key", "address", "origin", "path", "model", "served_by", "status",
-           "outcome", "reason", "prompt_tokens", "cached_tokens", "completion_tokens", "ms"]  # fmt: skip
-ACT = ["time", "what", "node", "request_id", "key", "address", "origin", "path", "target", "model", "about", "status",
-       "outcome", "reason"]  # fmt: skip
+REQUEST = (
+    "time what node request_id key address origin path model served_by status outcome reason prompt_tokens "
+    "cached_tokens completion_tokens ms"
+).split()
+ACT = "time what node request_id key address origin path target model about status outcome reason".split()
 
 
 class Disk(RotatingFile):
@@ -81,7 +82,13 @@ def record(**fields: Any) -> Record:
 
 def test_a_line_for_a_request(audit: Audit, disk: Disk) -> None:
     told = record(
-        key="alice", model="m:default", node="node-b", prompt_tokens=9, cached_tokens=4, tokens=7, message="secret"
+        key="alice",
+        model="m:default",
+        node="node-b",
+        prompt_tokens=9,
+        cached_tokens=4,
+        tokens=7,
+        message="secret",
     )
     audit.request(told, "192.0.2.7")
     audit.request(record(status=400, origin="node-c", via=("node-c",)), "::1")
@@ -92,9 +99,9 @@ def test_a_line_for_a_request(audit: Audit, disk: Disk) -> None:
     assert list(first) == REQUEST
     assert first.pop("time").endswith("Z")
     assert first == {
-        "what": "request", "node": "node-a", "request_id": "r1", "key": "alice", "address": "192.0.2.7", "origin": "",
-        "path": "/v1/chat/completions", "model": "m:default", "served_by": "node-b", "status": 200, "outcome": "ok",
-        "reason": "", "prompt_tokens": 9, "cached_tokens": 4, "completion_tokens": 7, "ms": 12.3,
+        "what": "request", "node": "node-a", "request_id": "r1", "key": "alice", "address": "192.0.2.7",
+        "origin": "", "path": "/v1/chat/completions", "model": "m:default", "served_by": "node-b",
+        "status": 200, "outcome": "ok", "reason": "", "prompt_tokens": 9, "cached_tokens": 4, "completion_tokens": 7, "ms": 12.3,
     }  # fmt: skip
     assert (passed["outcome"], passed["origin"]) == ("upstream_status", "node-c")
     assert (left["outcome"], left["ms"]) == ("cancelled", None)
@@ -166,9 +173,7 @@ def test_it_is_on_the_disk_when_it_ends(tmp_path: Path) -> None:
     assert [line["request_id"] for line in lines(disk.path)] == [str(number) for number in range(5000)]
 
 
-def test_strangers_without_end_get_a_count(
-    audit: Audit, disk: Disk, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_strangers_without_end_get_a_count(audit: Audit, disk: Disk, monkeypatch: pytest.MonkeyPatch) -> None:
     now = 1000.0
     monkeypatch.setattr(module.time, "time", lambda: now)
     for number in range(200):
@@ -248,7 +253,7 @@ def test_a_file_that_cant_be_made(tmp_path: Path) -> None:
     class Told:
         directory, filename, max_file_mb, keep_days, compression = tmp_path / "file", "a", 1, 1, True
 
-    with pytest.raises(OSError, match="exists|directory"):
+    with pytest.raises(OSError, match=r"exists|directory"):
         Audit.open(Told(), "n")
 
 

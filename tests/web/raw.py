@@ -57,9 +57,7 @@ def post(
     return "\r\n".join([*lines, "", ""]).encode("latin-1") + body
 
 
-def get(
-    path: str, *headers: str, method: str = "GET", version: str = "1.1", host: str | None = "x"
-) -> bytes:
+def get(path: str, *headers: str, method: str = "GET", version: str = "1.1", host: str | None = "x") -> bytes:
     """A whole HTTP/1 request without a body; `host` None sends no such header."""
     named = [] if host is None else [f"Host: {host}"]
     return "\r\n".join([f"{method} {path} HTTP/{version}", *named, *headers, "", ""]).encode("latin-1")

@@ -112,7 +112,12 @@ def test_acts(written: Served, lane: str) -> None:
         reply = written.ask(lane, document, path, key(name, id))
         assert reply.status == status, (path, reply.body)
         line = wait_line(written, request_id=id)
-        assert (line["what"], line["path"], line["status"], line["outcome"]) == ("admin", path, status, outcome)
+        assert (line["what"], line["path"], line["status"], line["outcome"]) == (
+            "admin",
+            path,
+            status,
+            outcome,
+        )
         assert line["address"] == "127.0.0.1"
         named = document.get("model", "") if isinstance(document, dict) else ""
         assert line["model"] in (named, "m:default" if "/upstream/" in path and status == 200 else named)
@@ -120,11 +125,13 @@ def test_acts(written: Served, lane: str) -> None:
     assert written.ask(lane, None, "/admin/builds", key("admin", f"look-{lane}"), "GET").status == 200
     assert written.ask(lane, None, "/admin/builds", key("plain", f"peep-{lane}"), "GET").status == 403
     wait_line(written, request_id=f"peep-{lane}")
-    assert not [line for line in audited(written) if line["request_id"] == f"look-{lane}"], "looking is no act"
+    assert not [line for line in audited(written) if line["request_id"] == f"look-{lane}"], (
+        "looking is no act"
+    )
 
 
 def test_a_client_that_leaves(written: Served) -> None:
-    wish = {**CHAT, "stream": True, "fake": {"interval": 0.05, "tokens": 2000}}
+    wish = {**CHAT, "stream": True, "fake": {"token_delay": 0.05, "tokens": 2000}}
     lines = [f"{name}: {value}" for name, value in key("plain", "left").items()]
     with Http1(written.port) as client:
         client.send(post(wish, "/v1/chat/completions", *lines))
@@ -138,11 +145,13 @@ NEWLINES = ["bad\r\nX-Forged: yes", "bad\nid", "bad\rid", "bad\x00id", '{"what":
 
 @pytest.mark.parametrize("id", NEWLINES)
 def test_no_header_forges_a_line(written: Served, id: str) -> None:  # noqa: A002
-    """By HTTP/1.1 a newline in a header is another header or no request at all; by HTTP/2 it could be said."""
+    """A newline in a header is another header, or no request at all."""
     before = len(audited(written))
     with Http1(written.port) as client:
         bearer = f"Authorization: Bearer {KEYS['plain']}"
-        client.send(post(CHAT, "/v1/chat/completions", bearer, "X-Request-Id: " + id.encode().decode("latin-1")))
+        client.send(
+            post(CHAT, "/v1/chat/completions", bearer, "X-Request-Id: " + id.encode().decode("latin-1"))
+        )
         reply = client.answer()
     assert reply.status in (200, 400)
     with Http1(written.port) as client:

@@ -82,7 +82,9 @@ def passes(check: Any, sent: Headers) -> bool:
     ],
 )
 def test_names(host: str, known: bool) -> None:
-    rules = sites(public_url="https://LLM.example.org/x", allowed_hosts=["*.intern.example", "Chat.example.net"])
+    rules = sites(
+        public_url="https://LLM.example.org/x", allowed_hosts=["*.intern.example", "Chat.example.net"]
+    )
     for check in (rules.check_shown, rules.check_private, rules.check_admin):
         assert passes(check, headers(host)) is known
     assert passes(rules.check, headers(host))
@@ -211,8 +213,10 @@ def test_a_key_that_a_browser_sends_by_itself() -> None:
 
 # All lanes.
 
-PRIVATE = ("/api/v1/state", "/api/v1/requests", "/api/v1/events", "/api/v1/state/stream", "/logs/stream", "/ui/",
-           "/", "/ui/static/app.js", "/props?model=m", "/upstream/m/health", "/api/v1/requests/x")  # fmt: skip
+PRIVATE = (
+    *("/api/v1/state", "/api/v1/requests", "/api/v1/requests/x", "/api/v1/events", "/api/v1/state/stream"),
+    *("/logs/stream", "/", "/ui/", "/ui/static/app.js", "/props?model=m", "/upstream/m/health"),
+)
 READ = ("/v1/models", "/v1/models/m", "/metrics", "/metrics/json", "/cluster/nodes", "/running")
 OPEN = ("/health", "/healthz", "/readyz", "/version")
 
@@ -240,7 +244,11 @@ def test_inference_by_any_name_but_not_for_its_pages(node: Served, lane: str) ->
     undici = {**JSON, "Sec-Fetch-Mode": "cors", "Accept-Language": "*", "User-Agent": "node"}
     for sent in (JSON, {}, undici):
         assert node.ask(lane, CHAT, headers=sent, host="gpu1.example.org").status == 200
-    for more in ({"Origin": f"http://{EVIL}"}, {"Sec-Fetch-Site": "same-origin"}, {"Referer": f"http://{EVIL}/"}):
+    for more in (
+        {"Origin": f"http://{EVIL}"},
+        {"Sec-Fetch-Site": "same-origin"},
+        {"Referer": f"http://{EVIL}/"},
+    ):
         reply = node.ask(lane, CHAT, headers={**JSON, **more}, host=EVIL)
         assert (reply.status, reply.error["type"]) == (403, "forbidden")
 
@@ -248,7 +256,11 @@ def test_inference_by_any_name_but_not_for_its_pages(node: Served, lane: str) ->
 def test_a_cross_site_post(node: Served, lane: str) -> None:
     """A form or a script of another site, as a browser sends it without asking."""
     evil = {"Origin": "https://evil.example", "Sec-Fetch-Site": "cross-site"}
-    for kind in ("text/plain;charset=UTF-8", "application/x-www-form-urlencoded", "multipart/form-data; boundary=b"):
+    for kind in (
+        "text/plain;charset=UTF-8",
+        "application/x-www-form-urlencoded",
+        "multipart/form-data; boundary=b",
+    ):
         reply = node.ask(lane, CHAT, headers={**evil, "Content-Type": kind})
         assert (reply.status, reply.error["type"]) == (403, "forbidden"), kind
     for path in ("/admin/unload", "/admin/drain", "/admin/pause", "/admin/reload", "/models/load"):
