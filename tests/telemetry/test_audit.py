@@ -22,11 +22,12 @@ from llamesh.telemetry.recorder import Record
 
 PATIENCE = 20.0
 
-REQUEST = (
-    "time what node request_id key address origin path model served_by status outcome reason prompt_tokens "
-    "cached_tokens completion_tokens ms"
-).split()
-ACT = "time what node request_id key address origin path target model about status outcome reason".split()
+COMMON = ["time", "what", "node", "request_id", "key", "address", "origin", "path"]
+REQUEST = [
+    *[*COMMON, "model", "served_by", "status", "outcome", "reason"],
+    *["prompt_tokens", "cached_tokens", "completion_tokens", "ms"],
+]
+ACT = [*COMMON, "target", "model", "about", "status", "outcome", "reason"]
 
 
 class Disk(RotatingFile):
@@ -101,7 +102,8 @@ def test_a_line_for_a_request(audit: Audit, disk: Disk) -> None:
     assert first == {
         "what": "request", "node": "node-a", "request_id": "r1", "key": "alice", "address": "192.0.2.7",
         "origin": "", "path": "/v1/chat/completions", "model": "m:default", "served_by": "node-b",
-        "status": 200, "outcome": "ok", "reason": "", "prompt_tokens": 9, "cached_tokens": 4, "completion_tokens": 7, "ms": 12.3,
+        "status": 200, "outcome": "ok", "reason": "",
+        "prompt_tokens": 9, "cached_tokens": 4, "completion_tokens": 7, "ms": 12.3,
     }  # fmt: skip
     assert (passed["outcome"], passed["origin"]) == ("upstream_status", "node-c")
     assert (left["outcome"], left["ms"]) == ("cancelled", None)
