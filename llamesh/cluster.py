@@ -32,10 +32,10 @@ from llamesh.peer_weights import PeerWeights
 from llamesh.telemetry.learned import LearnedValues
 from llamesh.telemetry.logs import get_logger
 from llamesh.web.admin import Administration
-from llamesh.web.audited import audited
+from llamesh.web.audited import audited, peers_order
 from llamesh.web.fast_lane import FastLane
 from llamesh.web.mesh_pages import MeshPages
-from llamesh.web.mesh_state import CANCEL, MeshRoute
+from llamesh.web.mesh_state import MeshRoute
 from llamesh.web.pages import CREATED, Pages
 from llamesh.web.peer_files import PeerFiles
 from llamesh.web.peer_lane import PeerLane
@@ -45,9 +45,6 @@ __all__ = ["Cluster", "IdentityError", "Member", "load_member"]
 log = get_logger("mesh")
 
 Member = tuple[Identity, KnownPeers]
-
-# What an operator at a peer has done here.
-_ACTS = frozenset({"/mesh/prewarm", CANCEL})
 
 
 def load_member(settings: Settings, environ: Mapping[str, str]) -> Member:
@@ -153,12 +150,15 @@ class Cluster:
 
     async def _administer(self, peer: str, path: str, body: bytes) -> tuple[int, bytes] | None:
         """What a peer asks for: weights, or what its operator wants, having been let in there."""
-        if path not in _ACTS:
+        order = peers_order(path, body)
+        if order is None:
             return await self._answer(peer, path, body)
-        with audited(self._audit, path, "", origin=peer) as deed:
-            deed.document = _object(body)
+        with audited(self._audit, order.path, "", origin=order.asker or peer) as deed:
+            deed.document, deed.quiet = order.document, order.only_looks
             answer = await self._answer(peer, path, body)
-            deed.status = 404 if answer is None else answer[0]
+            deed.answered(*(answer or (404, b"")))
+            # A request to cancel is looked for at all nodes.
+            deed.quiet = deed.quiet or (order.path == "/admin/cancel" and deed.status == 404)
         return answer
 
     async def _answer(self, peer: str, path: str, body: bytes) -> tuple[int, bytes] | None:
@@ -182,14 +182,6 @@ class Cluster:
         except LlameshError as error:
             return error.status, error.body()
         return status, msgspec.json.encode(answer)
-
-
-def _object(body: bytes) -> dict[str, Any]:
-    """What is asked for, for the audit file; whoever carries it out says what is wrong with it."""
-    try:
-        return msgspec.json.decode(body, type=dict[str, Any])
-    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
-        return {}
 
 
 def _paths(current: Current) -> list[str]:

@@ -45,7 +45,10 @@ _TURN_SECONDS = 600.0
 
 _CLOSE_SECONDS = 5.0
 
-# Refused requests without a valid key that have a line of their own, in each second.
+# What those get who have no key, or a page that may not.
+_LOCKED_OUT = (401, 403)
+
+# Requests refused so that have a line of their own, in each second.
 _STRANGERS = 20
 
 # A line that waits for so long means a disk that doesn't answer; lost ones are worth a look for an hour.
@@ -162,7 +165,7 @@ class Audit:
         """An inference request wasn't admitted. `error`: status, type, message."""
         now = time.time()
         status, outcome, reason = error
-        if status == 401 and self._is_one_too_many(now):
+        if not key and not origin and status in _LOCKED_OUT and self._is_one_too_many(now):
             return
         line = RequestLine(
             time=utc_text(now),
@@ -199,7 +202,7 @@ class Audit:
         """
         now = time.time()
         status, what, reason = outcome
-        if status == 401 and self._is_one_too_many(now):
+        if not key and not origin and status in _LOCKED_OUT and self._is_one_too_many(now):
             return
         line = ActLine(
             time=utc_text(now),
