@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -9,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from tests.web.raw import Http1, post
+from tests.web.raw import Cut, Http1, Http2, post
 from tests.web.served import Served, served
 
 PROMPT = "purple-elephants-on-the-moon"
@@ -164,6 +165,21 @@ def test_no_header_forges_a_line(written: Served, id: str) -> None:  # noqa: A00
     assert all(line["request_id"].isprintable() and " " not in line["request_id"] for line in new)
     said = [entry for entry in written.events if "time" not in entry]
     assert said == [], "every line of the log is one of the node's own"
+
+
+@pytest.mark.parametrize("value", ["bad\nid", "bad\r\nid", "bad\x00id"])
+def test_no_header_forges_a_line_by_http_2(written: Served, value: str) -> None:
+    """There a header could hold a newline; such a request ends its connection."""
+    before = len(audited(written))
+    fields = [("authorization", f"Bearer {KEYS['plain']}"), ("x-request-id", value)]
+    with Http2(written.port, unchecked=True) as two, contextlib.suppress(Cut):
+        reply = two.answer(two.start("POST", "/v1/chat/completions", fields, json.dumps(CHAT).encode()))
+        assert reply.status == 400
+    id = f"two-{value.encode().hex()}"  # noqa: A001
+    written.ask("fast", CHAT, headers=key("plain", id))
+    wait_line(written, request_id=id)
+    assert [line["request_id"] for line in audited(written)[before:]] == [id]
+    assert [entry for entry in written.events if "time" not in entry] == []
 
 
 def test_neither_keys_nor_words(written: Served) -> None:
