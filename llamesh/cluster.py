@@ -29,6 +29,7 @@ from llamesh.sharing.peer_weights import PeerWeights
 from llamesh.telemetry.learned import LearnedValues
 from llamesh.telemetry.logs import get_logger
 from llamesh.web.admin import Administration
+from llamesh.web.audited import audited, peers_order
 from llamesh.web.fast_lane import FastLane
 from llamesh.web.mesh_pages import MeshPages
 from llamesh.web.mesh_state import MeshRoute
@@ -99,7 +100,7 @@ class Cluster:
         )
         self.weights = PeerWeights(self.mesh.peers, shared, self.unwilling)
         pool.weights.ask(self.weights)
-        stats = lane.gateway.stats
+        self._audit, stats = lane.gateway.audit, lane.gateway.stats
         files = PeerFiles(self.weights.open, self.unwilling, lambda: stats.current_requests)
         self.lane = PeerLane(lane, self.mesh, self._administer, files)
         self.mesh.serve = self.lane.serve_parked
@@ -149,6 +150,18 @@ class Cluster:
 
     async def _administer(self, peer: str, path: str, body: bytes) -> tuple[int, bytes] | None:
         """What a peer asks for: weights, or what its operator wants, having been let in there."""
+        order = peers_order(path, body)
+        if order is None:
+            return await self._answer(peer, path, body)
+        with audited(self._audit, order.path, "", origin=order.asker or peer) as deed:
+            deed.document, deed.quiet = order.document, order.only_looks
+            answer = await self._answer(peer, path, body)
+            deed.answered(*(answer or (404, b"")))
+            # A request to cancel is looked for at all nodes.
+            deed.quiet = deed.quiet or (order.path == "/admin/cancel" and deed.status == 404)
+        return answer
+
+    async def _answer(self, peer: str, path: str, body: bytes) -> tuple[int, bytes] | None:
         if (route := self.routes.get(path)) is not None:
             return await route(peer, body)
         if path == WEIGHTS:

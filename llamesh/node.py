@@ -17,7 +17,7 @@ import signal
 import socket
 import sys
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import ExitStack, asynccontextmanager
 from typing import TYPE_CHECKING, cast
 
 import trio
@@ -26,7 +26,6 @@ import llamesh
 from llamesh.config.effect import without_effect
 from llamesh.config.problems import ConfigError
 from llamesh.config.store import Change, Store
-from llamesh.config.values import Address
 from llamesh.dispatch import Dispatch
 from llamesh.errors import Draining
 from llamesh.local.builds.manager import BuildManager
@@ -38,6 +37,7 @@ from llamesh.local.pool import Pool
 from llamesh.local.ports import Ports
 from llamesh.local.weights.folder import ModelsFolder
 from llamesh.service import BadHandover, Notifier, reload_at_hangup, take_sockets
+from llamesh.telemetry.audit import Audit
 from llamesh.telemetry.learned import LearnedValues
 from llamesh.telemetry.logs import get_logger
 from llamesh.telemetry.prometheus import NodeCollector
@@ -45,6 +45,7 @@ from llamesh.telemetry.stats import NodeStats
 from llamesh.web.admin import Administration
 from llamesh.web.app import build_app
 from llamesh.web.asgi import Application, Asgi
+from llamesh.web.exposure import Exposure
 from llamesh.web.fast_lane import FastLane
 from llamesh.web.gateway import Gateway
 from llamesh.web.listener import Listener, bind
@@ -71,8 +72,10 @@ _LINGER_SECONDS = 1.0
 class Node:
     """One node of the mesh."""
 
-    def __init__(self, store: Store, engine: Engine, member: Member | None = None) -> None:
-        """`member`: who this node is in the mesh, None where it is alone."""
+    def __init__(
+        self, store: Store, engine: Engine, member: Member | None = None, audit: Audit | None = None
+    ) -> None:
+        """`member`: who this node is in the mesh, None where it is alone; `audit`: None where it is off."""
         self.store = store
         self.notifier = Notifier()  # of what a service manager wants to know
         self.handed_on = False  # the listening sockets outlive us
@@ -91,7 +94,7 @@ class Node:
         self.builds = BuildManager(settings.llama_cpp, self.pool, settings.node_id)
         self.stats.builds = self.builds.outcomes
         self.prewarm = Prewarm(self.pool, self.dispatch)
-        self.gateway = Gateway(current, self.dispatch, self.stats)
+        self.gateway = Gateway(current, self.dispatch, self.stats, audit)
         self.pages = Pages(
             store,
             self.pool,
@@ -107,13 +110,16 @@ class Node:
         self.views = Views(
             store, self.pool, self.dispatch, self.stats, self.learned, self.gateway, self.prewarm
         )
+        self.exposure = Exposure(current, self.views.own.attention)
         self.views.own.address = lambda: self.pages.address
-        app = build_app(self.pages, administration, collector, self.gateway.access, self.views.api)
+        app = build_app(self.pages, administration, collector, self.gateway.access, self.views.api, audit)
         store.on_change = self._apply
         store.on_problem = self._report
         slow = HypercornLane(Application(self.gateway, cast(Asgi, app), self.views.direct), settings)
         self.lane = FastLane(self.gateway, self.pages.fast, slow)
         self.pages.certificate = self.lane.certificate
+        if self.lane.certificate is not None:
+            self.views.own.attention.certificate = self.lane.certificate.trouble
         self.cluster: Cluster | None = None
         if member is not None:
             # The mesh's libraries cost megabytes that a node alone needn't pay for.
@@ -154,6 +160,7 @@ class Node:
             log.warning("these settings take effect at the next start", settings=change.needs_restart)
         try:
             self.gateway.apply_settings()
+            self.exposure.say()
             # First who waits, so that a drained instance isn't replaced by one of its own kind.
             self.dispatch.apply_cookbook()
             self.pool.apply_cookbook()
@@ -225,13 +232,7 @@ class Node:
                 node=self.settings.node_id,
                 models=len(self.store.current.cookbook.profiles),
             )
-        open_to_all = [_place(sock) for sock in sockets if not _is_loopback(sock)]
-        if open_to_all and not self.settings.auth.enabled:
-            self.views.own.attention.open_address = open_to_all[0]
-            log.warning(
-                "whoever reaches this address can use the models: set auth.enabled and auth.allowed_keys",
-                listen_addr=open_to_all[0],
-            )
+        self.exposure.listens(sockets, mesh=self.cluster is not None)
 
     async def _shut_down(self, signals: AsyncIterator[signal.Signals], listener: Listener) -> None:
         grace = self.store.current.settings.shutdown_grace_period_seconds
@@ -318,15 +319,6 @@ def _url(sock: socket.socket, *, tls: bool) -> str:
     return f"{scheme}://[{host}]:{port}" if ":" in host else f"{scheme}://{host}:{port}"
 
 
-def _place(sock: socket.socket) -> str:
-    return str(Address(*sock.getsockname()[:2]))
-
-
-def _is_loopback(sock: socket.socket) -> bool:
-    host = str(sock.getsockname()[0])
-    return host.startswith("127.") or host == "::1"
-
-
 def serve(store: Store, engine: Engine) -> int:
     """Run a node until it is told to end; the exit code."""
     settings = store.current.settings
@@ -359,7 +351,17 @@ def serve(store: Store, engine: Engine) -> int:
             reason = error.strerror or str(error)
             sys.stderr.write(f"llamesh: can't listen on cluster.listen_addr {own}: {reason}\n")
             return 1
-    node = Node(store, engine, member)
-    node.notifier, node.handed_on = notifier, bool(passed.api)
-    trio.run(node.run, sockets, peer_sockets)
+    with ExitStack() as stack:
+        try:
+            audit = (
+                stack.enter_context(Audit.open(settings.audit, settings.node_id))
+                if settings.audit.enabled
+                else None
+            )
+        except OSError as error:
+            sys.stderr.write(f"llamesh: audit.directory {settings.audit.directory} can't be used: {error}\n")
+            return 1
+        node = Node(store, engine, member, audit)
+        node.notifier, node.handed_on = notifier, bool(passed.api)
+        trio.run(node.run, sockets, peer_sockets)
     return 0

@@ -31,6 +31,7 @@ from llamesh.config.values import (
 
 _HEADER = re.compile(r"[A-Za-z0-9!#$%&'*+.^_`|~-]+")
 _ORIGIN = re.compile(r"\*|[A-Za-z][A-Za-z0-9+.-]*://[^/\s]+")
+_ALLOWED_HOST = re.compile(r"\*|(\*\.)?[A-Za-z0-9_]([A-Za-z0-9_.-]*[A-Za-z0-9_])?")
 
 # RFC 6335, 5.1: 15 characters at most, a letter among them, no hyphen at an end or beside another.
 _SERVICE = re.compile(r"_(?=[^.]{1,15}\.)(?=[^.]*[A-Za-z])[A-Za-z0-9]+(-[A-Za-z0-9]+)*\._(tcp|udp)\.local\.?")
@@ -49,6 +50,13 @@ def _origin(value: str) -> str:
     return value
 
 
+def _host_name(value: str) -> str:
+    if not _ALLOWED_HOST.fullmatch(value):
+        hint = "a name such as llm.example.org, *.example.org for all below it, or *"
+        raise reject(f"not the name of a host: {shown(value)}", hint)
+    return value
+
+
 def _header(value: str) -> str:
     if not _HEADER.fullmatch(value):
         raise reject(f"not the name of a header: {shown(value)}", "such as x-api-key")
@@ -57,7 +65,7 @@ def _header(value: str) -> str:
 
 def _file_name(value: str) -> str:
     if "/" in value or value in (".", ".."):
-        raise reject(f"not a file name: {shown(value)}", "a name; the folder goes into logging.directory")
+        raise reject(f"not a file name: {shown(value)}", "a name; the folder goes into `directory`")
     return value
 
 
@@ -205,6 +213,7 @@ class Http(Section):
     body_read_timeout_ms: Positive = 30_000
     protocol_detect_timeout_ms: Positive = 10_000
     cors_allowed_origins: tuple[Annotated[Text, AfterValidator(_origin)], ...] = ()
+    allowed_hosts: tuple[Annotated[Text, AfterValidator(_host_name)], ...] = ()
     stream_keepalive_seconds: Seconds = 10.0
 
 
@@ -263,6 +272,19 @@ class Logging(Section):
     directory: UserPath = user_path("./logs")
     filename: Annotated[Text, AfterValidator(_file_name)] = "proxy.log"
     max_keep_files: Count = 7
+    compression: bool = True
+
+
+class Audit(Section):
+    """The file that says who did what. `max_file_mb`: a new file then, and each day; `keep_days`: 0 = for
+    ever.
+    """
+
+    enabled: bool = False
+    directory: UserPath = user_path("./logs")
+    filename: Annotated[Text, AfterValidator(_file_name)] = "audit.jsonl"
+    max_file_mb: Positive = 64
+    keep_days: Count = 90
     compression: bool = True
 
 

@@ -15,6 +15,7 @@ from llamesh.config.layers import Layers
 from llamesh.config.problems import ConfigError, Finding, KeyPath, Place, in_order, shown
 from llamesh.config.schema import explain, place_of
 from llamesh.config.sections import (
+    Audit,
     Auth,
     Cluster,
     Http,
@@ -102,6 +103,7 @@ class Settings(Section):
     auth: Auth = Auth()
     server_tls: ServerTls = ServerTls()
     logging: Logging = Logging()
+    audit: Audit = Audit()
     wedge_detector: WedgeDetector = WedgeDetector()
 
     _origins: Origins = PrivateAttr(default_factory=Origins)
@@ -133,6 +135,17 @@ class Settings(Section):
             findings.append(Finding(("noise", "enabled"), message, "true; false is for loopback only"))
         if findings:
             raise reject_all(findings)
+        return value
+
+    @field_validator("audit", mode="after")
+    @classmethod
+    def _apart_from_the_log(cls, value: Audit, info: ValidationInfo) -> Audit:
+        log = info.data.get("logging")
+        if not isinstance(log, Logging) or not (value.enabled and log.enabled):
+            return value
+        if value.directory.absolute() == log.directory.absolute() and value.filename == log.filename:
+            finding = Finding(("filename",), "is the file of logging", "another name or directory")
+            raise reject_all([finding])
         return value
 
     def origin(self, *path: str | int) -> Place:

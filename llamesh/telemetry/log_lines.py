@@ -185,6 +185,18 @@ class _Clock:
         return f"{prefix}.{int((now - second) * 1000):03d}{self._end}"
 
 
+def utc_text(now: float) -> str:
+    """Seconds since the epoch in RFC 3339, UTC, with milliseconds."""
+    return _UTC.text(now)
+
+
+def on_one_line(data: bytes) -> bytes:
+    """JSON in which nothing ends a line for any reader: what is above U+007E and does that, escaped."""
+    if data.isascii() and b"\x7f" not in data:
+        return data
+    return _LINE_BREAKERS.sub(lambda found: f"\\u{ord(found[0]):04x}", data.decode()).encode()
+
+
 _UTC = _Clock(utc=True)
 _LOCAL = _Clock(utc=False)
 _encode = msgspec.json.Encoder(enc_hook=_str).encode
@@ -200,10 +212,7 @@ def json_line(now: float, level: str, fields: Mapping[str, Any]) -> bytes:
     if len(data) > MAX_LINE_BYTES:
         cut = {name[:_MAX_TEXT]: _cut(_fitting(value)) for name, value in list(line.items())[:32]}
         data = _encode(cut)
-    if not data.isascii():
-        text = _LINE_BREAKERS.sub(lambda found: f"\\u{ord(found[0]):04x}", data.decode())
-        data = text.encode()
-    return data + b"\n"
+    return on_one_line(data) + b"\n"
 
 
 def _fitting(value: object) -> object:

@@ -4,19 +4,18 @@ from __future__ import annotations
 
 import hashlib
 import hmac
-import ipaddress
 from collections.abc import Callable, Iterable
 from typing import Any
-from urllib.parse import urlsplit
 
 from llamesh.config.access_keys import AccessKey
 from llamesh.config.settings import Settings
 from llamesh.core.limits import NO_LIMITS, Limits
-from llamesh.errors import Forbidden, NotAuthenticated
+from llamesh.errors import Forbidden, LlameshError, NotAuthenticated
 from llamesh.net.exchange import Headers
 from llamesh.telemetry.key_figures import KeyFigures
 from llamesh.web.caller import ANYBODY, Caller
 from llamesh.web.meters import Meters
+from llamesh.web.sites import Sites
 
 # Each is compared with all that there are.
 _MOST_PRESENTED = 4
@@ -34,6 +33,7 @@ class Access:
         self.meters = Meters()
         self.figures: dict[str, KeyFigures] = {}
         self.aliases_of: Callable[[str, str], Iterable[str]] = lambda model, key: ()
+        self.sites = Sites(settings)
         self.configure(settings)
 
     def configure(self, settings: Settings) -> None:
@@ -58,24 +58,52 @@ class Access:
         administrators = {key.digest() for key in auth.administrators()}
         self._administers = [digest in administrators for digest in self._digests]
         self._listed = [*entries.values()]
-        self._origins = {origin.lower() for origin in settings.http.cors_allowed_origins}
+        self.sites.configure(settings)
 
     def check(self, headers: Headers) -> Caller:
-        """Who sent this: a key of either kind. Raises NotAuthenticated."""
+        """Who sent this: a key of either kind. Raises NotAuthenticated; without auth Forbidden for a web page
+        that has no business here, see `web.sites`.
+        """
         if not self._enabled:
+            self.sites.check(headers)
             return ANYBODY
         return self._callers[self._found(headers)[0]]
+
+    def who(self, headers: Headers) -> Caller:
+        """Whose request it is that was refused: nobody's, without a valid key."""
+        try:
+            return self.check(headers)
+        except LlameshError:
+            return ANYBODY
+
+    def check_posted(self, headers: Headers) -> None:
+        """For a POST of inference that has an `Origin`, after `check`."""
+        if not self._enabled:
+            self.sites.check_posted(headers)
+
+    def check_private(self, headers: Headers) -> Caller:
+        """`check` for what tells about the node and its users: state, logs, instances' own pages."""
+        caller = self.check(headers)
+        if not self._enabled:
+            self.sites.check_private(headers)
+        return caller
+
+    def check_shown(self, headers: Headers) -> None:
+        """For the dashboard's page, which holds no data."""
+        if not self._enabled:
+            self.sites.check_shown(headers)
 
     def check_admin(self, headers: Headers, *, loopback: bool) -> Caller:
         """Who sent this: a key that may administer. Raises NotAuthenticated or Forbidden."""
         if not self._enabled:
             if not loopback:
                 raise Forbidden("without auth.enabled, administration is possible only from this machine")
-            self._check_origin(headers)
+            self.sites.check_admin(headers)
             return ANYBODY
         found = self._found(headers)
         for index in found:
             if self._administers[index]:
+                self.sites.check_keyed(headers)
                 return self._callers[index]
         name = self._callers[found[0]].name
         raise Forbidden(f"the key {name} may not administer; use one of auth.admin_keys")
@@ -136,21 +164,6 @@ class Access:
             raise NotAuthenticated(self._hint("the API key that was sent isn't valid"))
         return found
 
-    def _check_origin(self, headers: Headers) -> None:
-        """A browser on this machine sends for any page that it shows: only the node's own page, under
-        an address that nobody else's name server can claim, and the allowed origins may administer.
-        """
-        origin = host = ""
-        for name, value in headers:
-            if name == b"origin":
-                origin = value.decode("latin-1").lower()
-            elif name == b"host":
-                host = value.decode("latin-1").lower()
-        if not origin or origin in self._origins:
-            return
-        if origin.partition("://")[2] != host or not _is_literal(host):
-            raise Forbidden("without auth.enabled, pages of other origins may not administer")
-
     def _presented(self, headers: Headers) -> list[bytes]:
         """Digests of all keys that came: clients that must send a Bearer add the real key in the header."""
         keys = []
@@ -178,12 +191,3 @@ def _limits(key: AccessKey) -> Limits:
         key.tokens_per_day,
         key.max_concurrent_requests,
     )
-
-
-def _is_literal(host: str) -> bool:
-    """Whether a Host header names an IP address or localhost."""
-    try:
-        name = urlsplit(f"//{host}").hostname or ""
-        return name == "localhost" or bool(ipaddress.ip_address(name))
-    except ValueError:
-        return False

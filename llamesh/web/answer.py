@@ -42,7 +42,8 @@ class Inbound:
     """A request as a lane read it. `query`: without the question mark; `started`: trio's time.
 
     `travel`: how it came through the mesh; `waiting_for()`: what it waits for now, for people;
-    `caller`: whose key it has; `told`: headers that its answer gets besides, whatever it is.
+    `caller`: whose key it has; `told`: headers that its answer gets besides, whatever it is; `address`: of
+    the connection's other end, where somebody wants to know it.
     """
 
     path: bytes
@@ -55,6 +56,7 @@ class Inbound:
     caller: Caller = ANYBODY
     told: Headers | None = None
     waiting_for: Callable[[], str] = working
+    address: str = ""
 
 
 @dataclass(slots=True)

@@ -21,12 +21,15 @@ from llamesh.errors import (
     RequestTooLarge,
 )
 from llamesh.net.exchange import Headers
+from llamesh.telemetry.audit import Audit
 from llamesh.telemetry.exposition import exposition
 from llamesh.telemetry.logs import get_logger
 from llamesh.telemetry.prometheus import NodeCollector
 from llamesh.web.access import Access
 from llamesh.web.admin import Act, Administration, add_acts, add_admin_routes
+from llamesh.web.audited import audited
 from llamesh.web.caller import Caller
+from llamesh.web.headers import request_id
 from llamesh.web.key_routes import add_key_routes
 from llamesh.web.may import add_access_route
 from llamesh.web.openai import ROUTES
@@ -55,8 +58,9 @@ def build_app(
     collector: NodeCollector,
     access: Access,
     state: StateApi | None = None,
+    audit: Audit | None = None,
 ) -> QuartTrio:
-    """The application; it owns nothing and starts nothing."""
+    """The application; it owns nothing and starts nothing. `audit`: where acts are written down."""
     app = QuartTrio(__name__, static_folder="static", static_url_path="/ui/static")
     app.config["RESPONSE_TIMEOUT"] = None
     app.config["MAX_CONTENT_LENGTH"] = 1 << 20  # admin calls; inference has its own limit elsewhere
@@ -65,18 +69,27 @@ def build_app(
         return access.check_admin(_headers(), loopback=_is_loopback(request.remote_addr or ""))
 
     async def perform(act: Act) -> Response:
-        check_admin()
-        if request.method != "POST":
-            _check_deliberate()
-        document = await _body()
-        if request.method == "GET" and "node" in request.args:
-            document = {**document, "node": request.args["node"]}
-        status, document = await act(document)
-        return _answer(document, status)
+        headers, address = _headers(), request.remote_addr or ""
+        with audited(audit, request.path, address, request_id=request_id(headers)) as deed:
+            deed.caller = access.who(headers)  # of one who may not, too
+            deed.caller = check_admin()
+            if request.method != "POST":
+                _check_deliberate()
+                deed.quiet = request.path == "/admin/builds"
+            deed.document = await _body()
+            if request.method == "GET" and "node" in request.args:
+                deed.document = {**deed.document, "node": request.args["node"]}
+            deed.status, document = await act(deed.document)
+        return _answer(document, deed.status)
 
     @app.errorhandler(Exception)
     async def on_error(error: Exception) -> Response:
         return _error(error)
+
+    @app.before_request
+    async def look() -> None:
+        if request.path == "/" or request.path.startswith("/ui/"):
+            access.check_shown(_headers())
 
     @app.after_request
     async def guard(response: Response) -> Response:
@@ -116,7 +129,7 @@ def build_app(
     add_access_route(app, access)
     add_key_routes(app, access, check_admin)
     if state is not None:
-        add_state_routes(app, state, lambda: access.check(_headers()))
+        add_state_routes(app, state, lambda: access.check_private(_headers()))
         add_acts(app, {"/admin/cancel": ("POST", state.cancel)}, perform)
     known = {rule.rule: frozenset(rule.methods or ()) for rule in app.url_map.iter_rules()}
 

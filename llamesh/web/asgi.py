@@ -88,7 +88,7 @@ class Application:
                 if not await self._read(headers, exchange.receive, body):
                     return
             except LlameshError as error:
-                gateway.stats.rejected[error.type] += 1
+                gateway.count_refused(error, id, scope["raw_path"], headers, _client(scope))
                 if isinstance(error, RequestTimeout):
                     exchange.expect_no_more()
                 async with exchange.draining():
@@ -97,6 +97,7 @@ class Application:
             inbound = Inbound(
                 scope["raw_path"], scope["query_string"], headers, body, id, started, caller=caller
             )
+            inbound.address = _client(scope)
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(self._watch, exchange.receive, sink, nursery.cancel_scope)
                 sink.on_cancel = nursery.cancel_scope.cancel
@@ -112,10 +113,9 @@ class Application:
         exchange.extra.append((b"x-request-id", id.encode()))
         gateway = self._gateway
         with Body(gateway.budget) as body:
-            client = (scope.get("client") or ("",))[0]
             call = Call(
-                scope["method"], scope["raw_path"], scope["query_string"], headers, id, client, body, sink,
-                exchange.extra,
+                scope["method"], scope["raw_path"], scope["query_string"], headers, id, _client(scope), body,
+                sink, exchange.extra,
             )  # fmt: skip
             try:
                 _check_query(scope["query_string"])
@@ -176,6 +176,11 @@ class Application:
             # same moment, Hypercorn may wait for ever to send the last piece.
             await trio.sleep(_END_SECONDS)
         scope.cancel()
+
+
+def _client(scope: Scope) -> str:
+    """The address of the connection's other end."""
+    return str((scope.get("client") or ("",))[0])
 
 
 def _is_http1(scope: Scope) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path, PurePath
 from typing import NamedTuple
@@ -14,6 +14,7 @@ from llamesh.config.store import Store
 from llamesh.dispatch import Dispatch
 from llamesh.local.failure import Failure
 from llamesh.local.pool import Pool
+from llamesh.telemetry.audit import Audit
 from llamesh.telemetry.recorder import Happening, Recorder
 from llamesh.web.state_schema import MOST_CONCERNS, Concern, Level
 
@@ -53,11 +54,13 @@ def telling_line(failure: Failure) -> str:
 
 class Attention:
     """Looks at one node. `open_address`: a listening address that others can reach though no key is asked
-    for.
+    for; `audit`: the audit file; `certificate`: what is wrong with that of the API.
     """
 
     def __init__(self, store: Store, pool: Pool, dispatch: Dispatch, recorder: Recorder) -> None:
         self.open_address = ""
+        self.audit: Audit | None = None
+        self.certificate: Callable[[], str] = lambda: ""
         self._store = store
         self._pool = pool
         self._dispatch = dispatch
@@ -70,7 +73,14 @@ class Attention:
         now = time.time()
         found = {
             (one.what, one.subject): one
-            for look in (self._models, self._queues, self._config, self._machine, self._events)
+            for look in (
+                self._models,
+                self._queues,
+                self._config,
+                self._files,
+                self._machine,
+                self._events,
+            )
             for one in look(now)
         }
         found |= {(one.what, one.subject): one for one in others}
@@ -149,6 +159,14 @@ class Attention:
                 "set auth.enabled and auth.allowed_keys, or listen on 127.0.0.1",
             )
 
+    def _files(self, now: float) -> Iterator[Finding]:
+        if self.audit is not None and (trouble := self.audit.trouble()):
+            fix = "see that the disk has room and that audit.directory can be written"
+            yield Finding("error", "audit", "", trouble, fix)
+        if trouble := self.certificate():
+            fix = "mend server_tls.cert_path and .key_path; they are read again by themselves"
+            yield Finding("error", "certificate", "", trouble, fix)
+
     def _machine(self, now: float) -> Iterator[Finding]:
         reading = self._pool.memory.reading
         if reading is None or reading.gpu_telemetry:
@@ -197,6 +215,4 @@ def _of_event(one: Happening) -> Finding | None:
         return Finding("error", "same_id", "", "another node may use this node's id", fix)
     if one.event == "learned values can't be saved":
         return Finding("warning", "disk", "", one.text, "see that metrics_path can be written")
-    if one.event.startswith("the certificate on disk"):
-        return Finding("error", "certificate", "", one.text, "mend server_tls.cert_path and .key_path")
     return None

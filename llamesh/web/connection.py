@@ -51,6 +51,7 @@ class Connection(HttpSink):
     """One client connection. As a `Sink` it is the response to its present request."""
 
     __slots__ = (
+        "_address",
         "_handed_over",
         "_idle_seconds",
         "_inbound",
@@ -74,6 +75,8 @@ class Connection(HttpSink):
         self._reason: LlameshError | None = None
         self._idle_seconds = lane.idle_seconds
         self._inbound: Inbound | None = None  # the request that is being answered
+        # Asked at the start: of a connection that was reset the kernel doesn't know it any more.
+        self._address = _far_end(sock) if lane.gateway.audit is not None else ""
         self.deadline = trio.current_time() + lane.first_byte_seconds
 
     async def run(self) -> None:
@@ -227,10 +230,17 @@ class Connection(HttpSink):
             inbound = self._inbound = Inbound(
                 head.path, head.query, head.headers, body, id, started, travel, caller=caller
             )
+            if gateway.audit is not None:
+                inbound.address = self._address
             await gateway.infer(inbound, route, self)
             self._working = False
             self._inbound = None
             self.deadline = trio.current_time() + self._idle_seconds
+
+    @property
+    def _origin(self) -> str:
+        """The peer at the other end, "" for a client."""
+        return ""
 
     def _work_begins(self) -> None:
         """A request was read, and is about to be answered."""
@@ -315,7 +325,7 @@ class Connection(HttpSink):
         if at_hand:
             self._unread = self._unread[head.length or 0 :]
         log.info("request", request_id=id, path=head.path.decode("ascii", "replace"), error=error.type)
-        self._lane.gateway.stats.rejected[error.type] += 1
+        self._lane.gateway.count_refused(error, id, head.path, head.headers, self._address, self._origin)
         await self._lane.gateway.refuse(error, id, self)
         if not at_hand and (self._unread or not head.expects_continue):
             await self._linger()
@@ -351,6 +361,14 @@ class Connection(HttpSink):
                     taken += len(data)
         except OSError as error:
             log.debug("connection lost", error=str(error))
+
+
+def _far_end(sock: socket.socket) -> str:
+    """The address of a connection's other end."""
+    try:
+        return str(sock.getpeername()[0])
+    except OSError:
+        return ""
 
 
 def _too_large(limit: int) -> RequestTooLarge:

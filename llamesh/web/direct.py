@@ -20,7 +20,7 @@ from llamesh.web.sink import Sink
 @dataclass(slots=True)
 class Call:
     """One request. path: raw, without the query; client: its address; body: read when the handler runs;
-    extra: headers that the answer gets, whatever it is; caller: who asks, known once it is admitted.
+    extra: headers that the answer gets, whatever it is; caller: who asks, set by the handler that checked it.
     """
 
     method: str

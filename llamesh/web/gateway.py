@@ -18,6 +18,7 @@ from llamesh.dispatch import Dispatch
 from llamesh.dispatch.lease import Ask
 from llamesh.errors import InternalError, InvalidRequest, LlameshError, ModelNotFound
 from llamesh.net.exchange import Headers
+from llamesh.telemetry.audit import Audit
 from llamesh.telemetry.log_lines import Shown
 from llamesh.telemetry.logs import get_logger
 from llamesh.telemetry.recorder import Record, Recorder
@@ -28,7 +29,15 @@ from llamesh.web.answer import ClientGone, Inbound, Job, Outcome, finish_with_ev
 from llamesh.web.body import Budget
 from llamesh.web.caller import ANYBODY, Caller
 from llamesh.web.headers import NONE
-from llamesh.web.openai import SESSION_HEADERS, Route, choose_profile, read_features, read_prefix, read_wish
+from llamesh.web.openai import (
+    ROUTES,
+    SESSION_HEADERS,
+    Route,
+    choose_profile,
+    read_features,
+    read_prefix,
+    read_wish,
+)
 from llamesh.web.relay import Relay
 from llamesh.web.sink import Sink
 
@@ -38,12 +47,16 @@ log = get_logger("request")
 class Gateway:
     """Everything that a lane needs to answer inference requests."""
 
-    def __init__(self, current: Current, dispatch: Dispatch, stats: NodeStats) -> None:
+    def __init__(
+        self, current: Current, dispatch: Dispatch, stats: NodeStats, audit: Audit | None = None
+    ) -> None:
+        """`audit`: the file that says who asked for what, None where it is off."""
         self._current = current
         self.access = Access(current.settings)
         self.access.aliases_of = dispatch.aliases_of
         self.budget = Budget()
         self.stats = stats
+        self.audit = audit
         self.recorder = Recorder()
         self._dispatch = dispatch
         self._relay = Relay(current.settings, dispatch)
@@ -64,7 +77,11 @@ class Gateway:
         who it is, and checked its client's key itself.
         """
         caller = ANYBODY if peer else self.access.check(headers)
-        self._check_hops(headers)
+        for name, value in headers:
+            if name == b"x-llama-mesh-hops":
+                self._check_hops(value)
+            elif name == b"origin" and not peer:
+                self.access.check_posted(headers)
         return caller
 
     async def infer(self, inbound: Inbound, route: Route, sink: Sink) -> None:
@@ -117,6 +134,23 @@ class Gateway:
             if counted:
                 quota.settle(caller, outcome.usage, time.time())
             self._account(inbound, key, profile_stats, outcome)
+
+    def count_refused(
+        self,
+        error: LlameshError,
+        id: str,  # noqa: A002
+        path: bytes,
+        headers: Headers,
+        address: str,
+        origin: str = "",
+    ) -> None:
+        """A request wasn't admitted, or its body didn't come. `address`: of the connection's other end;
+        `origin`: the peer that sent it.
+        """
+        self.stats.rejected[error.type] += 1
+        if self.audit is not None and path in ROUTES:
+            key = "" if origin else self.access.who(headers).name
+            self.audit.refused(id, key, address, origin, path, (error.status, error.type, error.message))
 
     async def refuse(
         self,
@@ -187,15 +221,11 @@ class Gateway:
         ask = Ask(profile, inbound.request_id, streams, travel, features, record=record)
         return replace(ask, prefix=prefix, warmth=warmth) if prefix else ask
 
-    def _check_hops(self, headers: Headers) -> None:
-        for name, value in headers:
-            if name == b"x-llama-mesh-hops":
-                limit = self.settings.max_hops
-                if not value.isdigit() or len(value) > 9 or int(value) > limit:
-                    shown = value[:20].decode("ascii", "replace")
-                    raise InvalidRequest(
-                        f"Too many hops: X-Llama-Mesh-Hops is {shown!r}, the limit is {limit}"
-                    )
+    def _check_hops(self, value: bytes) -> None:
+        limit = self.settings.max_hops
+        if not value.isdigit() or len(value) > 9 or int(value) > limit:
+            shown = value[:20].decode("ascii", "replace")
+            raise InvalidRequest(f"Too many hops: X-Llama-Mesh-Hops is {shown!r}, the limit is {limit}")
 
     def _account(self, inbound: Inbound, key: str, stats: ProfileStats | None, outcome: Outcome) -> None:
         seconds = trio.current_time() - inbound.started
@@ -221,6 +251,8 @@ class Gateway:
                 stats.first_token_seconds.observe(scan.first_token)
                 scan.add_times(stats.inter_token_seconds)
         self._close(outcome, seconds)
+        if self.audit is not None:
+            self.audit.request(outcome.record, inbound.address)
         log.info(
             "request",
             request_id=inbound.request_id,

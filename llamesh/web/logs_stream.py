@@ -81,7 +81,7 @@ class LogStream:
     def admit(self, call: Call) -> None:
         """A key, as for metrics."""
         only_get(call)
-        call.caller = self._access.check(call.headers)
+        call.caller = self._access.check_private(call.headers)
 
     async def run(self, call: Call) -> None:
         """Until the reader leaves."""

@@ -22,7 +22,7 @@ def add_access_route(app: QuartTrio, access: Access) -> None:
             (name.lower().encode("latin-1"), value.encode("latin-1"))
             for name, value in request.headers.items()
         ]
-        access.check(headers)
+        access.check_private(headers)
         why_not = None
         try:
             access.check_admin(_as_an_act(headers), loopback=_is_loopback(request.remote_addr or ""))

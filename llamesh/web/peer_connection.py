@@ -85,6 +85,10 @@ class PeerConnection(Connection):
         self._stream.send_now(b"HTTP/1.1 102 Processing\r\nx-llamesh-waiting-for: " + text + b"\r\n\r\n")
         self.deadline = trio.current_time() + _PROGRESS_SECONDS
 
+    @property
+    def _origin(self) -> str:
+        return self.peer
+
     def _work_begins(self) -> None:
         self.deadline = trio.current_time() + _PROGRESS_SECONDS
 

@@ -166,7 +166,7 @@ class StreamHandler:
     def admit(self, call: Call) -> None:
         """A key, as for the state."""
         only_get(call)
-        self._access.check(call.headers)
+        self._access.check_private(call.headers)
 
     async def run(self, call: Call) -> None:
         """Until the viewer leaves."""

@@ -18,7 +18,7 @@ import base64
 import binascii
 import posixpath
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from urllib.parse import unquote
 
 from llamesh.config.cookbook import Profile
@@ -40,7 +40,9 @@ from llamesh.errors import (
 from llamesh.local.instance import Instance
 from llamesh.local.pool import Pool
 from llamesh.net.exchange import Headers, UpstreamBroken, UpstreamConnection
+from llamesh.telemetry.audit import Audit
 from llamesh.web.access import Access
+from llamesh.web.audited import Deed, audited
 from llamesh.web.direct import Call, only_get
 from llamesh.web.headers import pass_back
 from llamesh.web.prewarm import Prewarm
@@ -66,13 +68,20 @@ class Upstream:
     """The handler, see `web.direct`."""
 
     def __init__(
-        self, store: Store, pool: Pool, dispatch: Dispatch, prewarm: Prewarm, access: Access
+        self,
+        store: Store,
+        pool: Pool,
+        dispatch: Dispatch,
+        prewarm: Prewarm,
+        access: Access,
+        audit: Audit | None = None,
     ) -> None:
         self._store = store
         self._pool = pool
         self._dispatch = dispatch
         self._prewarm = prewarm
         self._access = access
+        self._audit = audit
 
     def admit(self, call: Call) -> None:
         """Who may, and what is never passed on. Raises LlameshError."""
@@ -84,10 +93,15 @@ class Upstream:
             raise Forbidden("pages of other sites may not use this path")
         try:
             headers = _with_basic(call.headers)
+            if headers != call.headers:
+                self._access.sites.check_carried(headers)
             if call.method in _READING:
-                call.caller = self._access.check(headers)
+                call.caller = self._access.check_private(headers)
             else:
-                call.caller = self._access.check_admin(headers, loopback=call.loopback)
+                with self._audited(call) as deed:
+                    deed.quiet = True  # it is yet to be done
+                    deed.caller = self._access.who(headers)
+                    call.caller = self._access.check_admin(headers, loopback=call.loopback)
         except NotAuthenticated:
             call.extra.append((b"www-authenticate", b'Basic realm="llamesh: the password is the key"'))
             raise
@@ -110,8 +124,14 @@ class Upstream:
             instance = await self._ready(profile, start=start)
             await self._exchange(call, instance, target)
         else:
-            with self._slot(await self._lease(call, profile)) as lease:
-                await self._exchange(call, lease.instance, target)
+            with self._audited(call) as deed:
+                deed.caller, deed.document = call.caller, {"model": profile.key}
+                with self._slot(await self._lease(call, profile)) as lease:
+                    deed.status = await self._exchange(call, lease.instance, target)
+
+    def _audited(self, call: Call) -> AbstractContextManager[Deed]:
+        path = call.path.decode("latin-1")
+        return audited(self._audit, path, call.client, request_id=call.id)
 
     def _target(self, path: bytes) -> tuple[Profile, bytes]:
         """The profile, and the rest of the path with its slash, b"" where there is none. A model's name may
@@ -174,7 +194,8 @@ class Upstream:
         finally:
             lease.release(complete=complete, working=not complete)
 
-    async def _exchange(self, call: Call, instance: Instance, target: bytes) -> None:
+    async def _exchange(self, call: Call, instance: Instance, target: bytes) -> int:
+        """The status of the answer."""
         connection: UpstreamConnection | None = None
         try:
             connection = await self._ask(call, instance, target)
@@ -191,12 +212,14 @@ class Upstream:
                     await sink.flush()
                 await connection.read()
             await sink.finish(response.take())
+            status = response.status
             instance.keep(connection)
             connection = None
+            return status
         except UpstreamBroken as error:
             if call.sink.started:
                 call.sink.abort()
-                return
+                return UpstreamError.status
             raise UpstreamError(f"{instance.id}: {error}", param="model") from error
         finally:
             if connection is not None:
@@ -238,7 +261,7 @@ class OfModel:
     def admit(self, call: Call) -> None:
         """A key, as for metrics."""
         only_get(call)
-        call.caller = self._access.check(call.headers)
+        call.caller = self._access.check_private(call.headers)
 
     async def run(self, call: Call) -> None:
         """One exchange with one instance."""

@@ -51,7 +51,8 @@ class Views:
         self.own = OwnState(store, pool, dispatch, stats, learned, recorder)
         self.api = StateApi(self.own, access)
         self.logs = LogStream(pool, dispatch, access, lambda: self.own.node_id)
-        raw = Upstream(store, pool, dispatch, prewarm, access)
+        raw = Upstream(store, pool, dispatch, prewarm, access, gateway.audit)
+        self.own.attention.audit = gateway.audit
         self.direct = Direct(
             {
                 "/api/v1/state/stream": StreamHandler(self.api.stream, access),

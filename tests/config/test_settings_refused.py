@@ -280,7 +280,7 @@ REFUSALS = [
     (
         "logging:\n  filename: a/b",
         "2: logging.filename: not a file name: 'a/b'",
-        "a name; the folder goes into logging.directory",
+        "a name; the folder goes into `directory`",
     ),
     (
         "wedge_detector:\n  window_ms: 0",

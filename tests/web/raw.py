@@ -57,9 +57,10 @@ def post(
     return "\r\n".join([*lines, "", ""]).encode("latin-1") + body
 
 
-def get(path: str, *headers: str, method: str = "GET", version: str = "1.1") -> bytes:
-    """A whole HTTP/1 request without a body."""
-    return "\r\n".join([f"{method} {path} HTTP/{version}", "Host: x", *headers, "", ""]).encode("latin-1")
+def get(path: str, *headers: str, method: str = "GET", version: str = "1.1", host: str | None = "x") -> bytes:
+    """A whole HTTP/1 request without a body; `host` None sends no such header."""
+    named = [] if host is None else [f"Host: {host}"]
+    return "\r\n".join([f"{method} {path} HTTP/{version}", *named, *headers, "", ""]).encode("latin-1")
 
 
 class Http1:
@@ -185,11 +186,16 @@ class Http2:
         self.sock.sendall(self.state.data_to_send())
 
     def start(
-        self, method: str, path: str, headers: Iterable[tuple[str, str]] = (), body: bytes | None = None
+        self,
+        method: str,
+        path: str,
+        headers: Iterable[tuple[str, str]] = (),
+        body: bytes | None = None,
+        host: str = "x",
     ) -> int:
         """Begin a request and, with a body, send all of that; the stream's number."""
         stream = self.state.get_next_available_stream_id()
-        fields = [(":method", method), (":scheme", "http"), (":authority", "x"), (":path", path), *headers]
+        fields = [(":method", method), (":scheme", "http"), (":authority", host), (":path", path), *headers]
         if body is not None:
             fields.append(("content-length", str(len(body))))
         self.state.send_headers(stream, fields, end_stream=body is None)

@@ -145,6 +145,7 @@ class Served:
         path: str = "/v1/chat/completions",
         headers: Mapping[str, str] | None = None,
         method: str = "POST",
+        host: str = "x",
     ) -> Reply:
         """One request by that lane, its own connection; `document` None sends no body."""
         fields = dict(headers or {})
@@ -152,14 +153,14 @@ class Served:
         if lane == "http2":
             with Http2(self.port) as two:
                 pairs = [(name.lower(), value) for name, value in fields.items()]
-                return two.answer(two.start(method, path, pairs, None if document is None else body))
+                return two.answer(two.start(method, path, pairs, None if document is None else body, host))
         version = "1.0" if lane == "http1.0" else "1.1"
         lines = [f"{name}: {value}" for name, value in fields.items()]
         with Http1(self.port) as one:
             if document is None:
-                one.send(get(path, *lines, method=method, version=version))
+                one.send(get(path, *lines, method=method, version=version, host=host))
             else:
-                data = post(body, path, *lines, version=version)
+                data = post(body, path, *lines, version=version, host=host)
                 one.send(data.replace(b"POST", method.encode(), 1))
             return one.answer(has_body=method != "HEAD")
 

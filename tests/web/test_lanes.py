@@ -151,6 +151,7 @@ def test_the_child_sees_the_body_and_no_keys(node: Served, lane: str) -> None:
         "Authorization": "Bearer secret-key",
         "X-Api-Key": "secret-key",
         "Cookie": "secret-key",
+        "Content-Type": "application/json",
         "Origin": "https://evil.example",
         "X-Llamesh-Attempt": "9",
         "X-Session-Id": "s1",

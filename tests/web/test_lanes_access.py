@@ -127,7 +127,7 @@ def test_preflights(guarded: Served, lane: str) -> None:
 
 
 def test_no_origin_is_allowed_by_default(node: Served, lane: str) -> None:
-    reply = node.ask(lane, CHAT, headers={"Origin": ORIGIN})
+    reply = node.ask(lane, CHAT, headers={"Origin": ORIGIN, "Content-Type": "application/json"})
     assert reply.status == 200
     assert not [name for name in reply.headers if name.startswith("access-control-")]
     asked = {"Origin": ORIGIN, "Access-Control-Request-Method": "POST"}
