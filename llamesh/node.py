@@ -105,7 +105,14 @@ class Node:
         )
         collector = NodeCollector(self.stats, self.pages.gauges, self._info)
         self.views = Views(
-            store, self.pool, self.dispatch, self.stats, self.learned, self.gateway, self.prewarm
+            store,
+            self.pool,
+            self.dispatch,
+            self.stats,
+            self.learned,
+            self.gateway,
+            self.prewarm,
+            administration,
         )
         self.views.own.address = lambda: self.pages.address
         app = build_app(self.pages, administration, collector, self.gateway.access, self.views.api)

@@ -19,7 +19,8 @@ from llamesh.web.sink import Sink
 @dataclass(slots=True)
 class Call:
     """One request. path: raw, without the query; client: its address; body: read when the handler runs;
-    extra: headers that the answer gets, whatever it is.
+    extra: headers that the answer gets, whatever it is; most_bytes: of its body, where `admit` says less than
+    http.request_body_limit_bytes.
     """
 
     method: str
@@ -31,6 +32,7 @@ class Call:
     body: Body
     sink: Sink
     extra: Headers
+    most_bytes: int | None = None
 
     @property
     def loopback(self) -> bool:
