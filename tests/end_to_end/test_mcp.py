@@ -163,7 +163,7 @@ async def test_only_who_may_administer_may_call(tmp_path: Path, mode: str) -> No
 async def test_without_keys_only_this_machine_and_no_page_of_others(tmp_path: Path) -> None:
     async with running_node(tmp_path, fakes(tmp_path, m={}), binary_path=FAKE_LLAMA_SERVER) as node:
         own = f"http://127.0.0.1:{node.port}"
-        for host in (f"127.0.0.1:{node.port}", f"localhost:{node.port}", "node.example.org"):
+        for host in (f"127.0.0.1:{node.port}", f"localhost:{node.port}", f"[::1]:{node.port}"):
             assert (await post(node, call_of("mesh_summary"), {"host": host})).status_code == 200
         assert (await post(node, call_of("mesh_summary"), {"origin": own})).status_code == 200
         for origin, host in (
@@ -234,7 +234,8 @@ async def test_a_load_goes_on_when_its_caller_stops_waiting(tmp_path: Path, mode
 
 @pytest.mark.parametrize("headers", [{}, {"mcp-protocol-version": "2026-07-28"}], ids=["handshake", "alone"])
 async def test_a_caller_that_leaves_ends_its_call(tmp_path: Path, headers: dict[str, str]) -> None:
-    recipes = fakes(tmp_path, m={"never_ready": True})
+    go = tmp_path / "go"
+    recipes = fakes(tmp_path, m={"ready_when": str(go)})
     async with running_node(tmp_path, recipes, binary_path=FAKE_LLAMA_SERVER) as node:
         call = call_of("load_model", model="m", wait_seconds=600)
         call["params"]["_meta"] = {
@@ -249,6 +250,9 @@ async def test_a_caller_that_leaves_ends_its_call(tmp_path: Path, headers: dict[
             await wait_document(node, "/cluster/nodes", lambda d: _queued(d) == 1)
             nursery.cancel_scope.cancel()
         await wait_document(node, "/cluster/nodes", lambda d: _queued(d) == 0)
+        await node.wait_event("mcp act", tool="load_model", model="m", outcome="cancelled")
+        go.touch()  # what it began goes on
+        await node.wait_event("ready")
         assert not [one for one in node.events if one["level"] == "error"]
         assert await node.stop() == 0
 

@@ -12,7 +12,7 @@ from urllib.parse import unquote
 
 import trio
 
-from llamesh.errors import InternalError, LlameshError, MethodNotAllowed, Overloaded
+from llamesh.errors import InternalError, InvalidRequest, LlameshError, MethodNotAllowed, Overloaded
 from llamesh.telemetry.logs import get_logger
 from llamesh.web.access import Access
 from llamesh.web.admin import Administration
@@ -71,6 +71,9 @@ class McpEndpoint:
             error = MethodNotAllowed(f"{call.method} isn't possible on {path}; it takes POST")
             error.allowed = "POST"
             raise error
+        if call.header(b"content-type").partition(";")[0].strip().lower() != "application/json":
+            # Besides: what a page may send without asking is no JSON.
+            raise InvalidRequest(f"{PATH} takes content-type: application/json")
         call.most_bytes = MOST_BYTES
 
     async def run(self, call: Call) -> None:

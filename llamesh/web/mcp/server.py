@@ -51,6 +51,9 @@ Message: TypeAlias = MutableMapping[str, Any]
 _SHOWN = (b"accept", b"content-type", b"last-event-id")
 _SHOWN_PREFIX = b"mcp-"
 
+# Where a tool finds the request that it is called by, among what ASGI says of it.
+_CALL = "llamesh.call"
+
 
 class McpServer:
     """Answers requests at `/mcp` while `run` runs."""
@@ -114,8 +117,10 @@ class McpServer:
     async def _call_tool(
         self, context: ServerRequestContext[Any], params: CallToolRequestParams
     ) -> CallToolResult:
+        assert context.request is not None, "it came over HTTP"  # noqa: S101
+        call: Call = context.request.scope[_CALL]
         try:
-            answer = await self._box.call(params.name, params.arguments or {})
+            answer = await self._box.call(params.name, params.arguments or {}, call)
         except UnknownTool:
             raise MCPError(INVALID_PARAMS, f"there is no tool {params.name[:64]!r}; see tools/list") from None
         except LlameshError as error:
@@ -181,6 +186,7 @@ def _scope(call: Call) -> dict[str, Any]:
         ],
         "client": (call.client, 0),
         "server": ("127.0.0.1", 0),
+        _CALL: call,
     }
 
 

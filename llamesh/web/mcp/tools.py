@@ -16,6 +16,7 @@ import trio
 from llamesh.errors import InvalidRequest, LlameshError, UpstreamTimeout
 from llamesh.telemetry.logs import get_logger
 from llamesh.web.admin import Act, Administration, Document
+from llamesh.web.direct import Call
 from llamesh.web.logs_stream import LogStream
 from llamesh.web.mcp import shapes
 from llamesh.web.mcp.answers import (
@@ -68,7 +69,7 @@ class Tool:
     description: str
     takes: type[Arguments]
     answers: type[msgspec.Struct]
-    run: Callable[[Any], Awaitable[msgspec.Struct]]
+    run: Callable[[Any, Call], Awaitable[msgspec.Struct]]
     reads: bool = False
     destroys: bool = False
     idempotent: bool = True
@@ -88,35 +89,36 @@ class Toolbox:
         self._acts = acts
         self.tools = {tool.name: tool for tool in self._table()}
 
-    async def call(self, name: str, arguments: Mapping[str, Any]) -> msgspec.Struct:
-        """Run a tool. Raises UnknownTool, or LlameshError with words for who called it."""
+    async def call(self, name: str, arguments: Mapping[str, Any], call: Call) -> msgspec.Struct:
+        """Run a tool for the request `call`. Raises UnknownTool, and LlameshError with words to show."""
         tool = self.tools.get(name)
         if tool is None:
             raise UnknownTool(name)
         try:
+            msgspec.json.encode(arguments)  # half a character would break whatever it comes to
             given = msgspec.convert(arguments, tool.takes, strict=False)
-        except msgspec.ValidationError as error:
+        except (msgspec.ValidationError, UnicodeEncodeError) as error:
             raise InvalidRequest(f"{name} doesn't take that: {error}") from None
         with trio.move_on_after(tool.seconds):
-            return await tool.run(given)
+            return await tool.run(given, call)
         raise UpstreamTimeout(f"{name} took longer than {tool.seconds:g} s and was given up")
 
     # Reading.
 
-    async def summary(self, given: Arguments) -> Summary:
+    async def summary(self, given: Arguments, call: Call) -> Summary:
         """See the table."""
         return shapes.summary(await self._api.document())
 
-    async def state(self, given: OfState) -> State:
+    async def state(self, given: OfState, call: Call) -> State:
         """See the table."""
         document, sections = await self._api.document(), list(dict.fromkeys(given.sections))
         return shapes.state(document, sections, given.limit, node=given.node or "", model=given.model or "")
 
-    async def nodes(self, given: Some) -> Nodes:
+    async def nodes(self, given: Some, call: Call) -> Nodes:
         """See the table."""
         return shapes.nodes(await self._api.document(), given.limit)
 
-    async def models(self, given: OfModels) -> Models:
+    async def models(self, given: OfModels, call: Call) -> Models:
         """See the table."""
         return shapes.models(
             await self._api.document(),
@@ -126,14 +128,14 @@ class Toolbox:
             loaded=given.only_loaded,
         )
 
-    async def requests(self, given: OfRequests) -> Requests:
+    async def requests(self, given: OfRequests, call: Call) -> Requests:
         """See the table."""
         model = given.model or ""
         key = f"{model}:default" if model and ":" not in model else model
         found = self._api.requests(_MOST_LOOKED_AT, model=key, failed=given.only_failed)
         return shapes.requests(found, given.limit)
 
-    async def explain(self, given: OneRequest) -> Explained:
+    async def explain(self, given: OneRequest, call: Call) -> Explained:
         """See the table."""
         document = await self._api.request(given.request_id)
         told = msgspec.convert(document, Request)
@@ -147,7 +149,7 @@ class Toolbox:
             seen_by=sorted({one["seen_by"] for one in document["records"]}),
         )
 
-    async def logs(self, given: OfLogs) -> LogLines:
+    async def logs(self, given: OfLogs, call: Call) -> LogLines:
         """See the table."""
         model, own = given.model or "", self._api.own.node_id
         node = given.node or own
@@ -158,29 +160,29 @@ class Toolbox:
 
     # Acts.
 
-    async def load(self, given: Load) -> Loading:
+    async def load(self, given: Load, call: Call) -> Loading:
         """See the table."""
         began = trio.current_time()
         told: Document = {"model": given.model, **_at(given.node)}
         with trio.move_on_after(given.wait_seconds) as scope:
-            answer = await self._act("load_model", self._acts.prewarm, {**told, "wait": True})
+            answer = await self._act(call, "load_model", self._acts.prewarm, {**told, "wait": True})
         note = ""
         if scope.cancelled_caught:
             # Who waited has left the queue: the load goes on for somebody else's sake.
-            answer = await self._act("load_model", self._acts.prewarm, {**told, "wait": False})
+            answer = await self._act(call, "load_model", self._acts.prewarm, {**told, "wait": False})
             if answer.get("status") != "loaded":
                 note = "it goes on loading; call load_model again to wait on, or list_models to look"
         return self._loading(answer, trio.current_time() - began, note)
 
-    async def prewarm(self, given: Prewarm) -> Loading:
+    async def prewarm(self, given: Prewarm, call: Call) -> Loading:
         """See the table."""
         told = {"model": given.model, "wait": False, **_at(given.node)}
-        return self._loading(await self._act("prewarm_model", self._acts.prewarm, told), 0.0, "")
+        return self._loading(await self._act(call, "prewarm_model", self._acts.prewarm, told), 0.0, "")
 
-    async def unload(self, given: Unload) -> Unloading:
+    async def unload(self, given: Unload, call: Call) -> Unloading:
         """See the table."""
         told = {"model": given.model, **_at(given.node)}
-        answer = await self._act("unload_model", self._acts.unload, told)
+        answer = await self._act(call, "unload_model", self._acts.unload, told)
         node = str(answer.get("node") or self._api.own.node_id)
         leaving, note = [str(one) for one in answer["unloading"]], ""
         if not leaving:
@@ -191,23 +193,34 @@ class Toolbox:
                 note += f", but on node {others[0]}: say so with `node`"
         return Unloading(node=node, unloading=leaving[:100], note=note)
 
-    async def drain(self, given: OneNode) -> Condition:
+    async def drain(self, given: OneNode, call: Call) -> Condition:
         """See the table."""
-        return self._condition(await self._act("drain_node", self._acts.drain, _at(given.node)))
+        return self._condition(await self._act(call, "drain_node", self._acts.drain, _at(given.node)))
 
-    async def undrain(self, given: OneNode) -> Condition:
+    async def undrain(self, given: OneNode, call: Call) -> Condition:
         """See the table."""
-        return self._condition(await self._act("undrain_node", self._acts.undrain, _at(given.node)))
+        return self._condition(await self._act(call, "undrain_node", self._acts.undrain, _at(given.node)))
 
-    async def _act(self, tool: str, act: Act, document: Document) -> Document:
-        model, node = document.get("model"), document.get("node", self._api.own.node_id)
+    async def _act(self, call: Call, tool: str, act: Act, document: Document) -> Document:
+        outcome = "cancelled"
         try:
             _, answer = await act(document)
+            outcome = str(answer.get("status", "done"))
+            return answer
         except LlameshError as error:
-            log.info("mcp act", tool=tool, model=model, on=node, outcome=error.type)
+            outcome = error.type
             raise
-        log.info("mcp act", tool=tool, model=model, on=node, outcome=answer.get("status", "done"))
-        return answer
+        finally:
+            node = document.get("node", self._api.own.node_id)
+            log.info(
+                "mcp act",
+                request_id=call.id,
+                address=call.client,
+                tool=tool,
+                model=document.get("model"),
+                on=node,
+                outcome=outcome,
+            )
 
     def _loading(self, answer: Document, waited: float, note: str) -> Loading:
         return Loading(

@@ -15,9 +15,10 @@ from tests.support.node import PATIENCE_SECONDS
 
 async def test_one_node_answers_for_all(tmp_path: Path) -> None:
     broken = {"exit_at_start": {"code": 1, "lines": ["invalid magic"]}}
+    go = tmp_path / "go"
     members = {
         "node-a": fakes(tmp_path / "fa", m={}, near={}),
-        "node-b": fakes(tmp_path / "fb", m={}, far={}, broken=broken),
+        "node-b": fakes(tmp_path / "fb", m={}, far={}, broken=broken, slow={"ready_when": str(go)}),
     }
     async with running_mesh(tmp_path, members, binary_path=FAKE_LLAMA_SERVER) as mesh:
         a, b = mesh
@@ -32,6 +33,12 @@ async def test_one_node_answers_for_all(tmp_path: Path) -> None:
             assert (loaded["status"], loaded["node"]) == ("loaded", "node-b")
             assert (await use(client, "load_model", model="far"))["node"] == "node-b"
             assert not a.node.find_events("starting")
+            slow = await use(client, "load_model", model="slow", node="node-b", wait_seconds=0.2)
+            assert (slow["status"], slow["node"]) == ("loading", "node-b")
+            go.touch()
+            again = await use(client, "load_model", model="slow", node="node-b")
+            assert again["status"] == "loaded"
+            assert len(b.node.find_events("starting", instance="slow:default#3")) == 1
             # What others say of themselves is up to a second old.
             models: dict[str, dict[str, str]] = {}
             with trio.move_on_after(PATIENCE_SECONDS):
