@@ -312,6 +312,26 @@ def test_no_import_at_the_start_brings_it(module: str) -> None:
     assert (done.returncode, done.stdout.split(), done.stderr) == (0, [], "")
 
 
+async def test_tracing_that_the_environment_wants_is_none_of_it(tmp_path: Path) -> None:
+    """As the operator of a cluster sets it for every program."""
+    env = {
+        "OTEL_PROPAGATORS": "b3,tracecontext",
+        "OTEL_PYTHON_TRACER_PROVIDER": "sdk_tracer_provider",
+        "OTEL_PYTHON_CONTEXT": "some_context",
+        "OTEL_TRACES_EXPORTER": "otlp",
+        "OTEL_EXPORTER_OTLP_ENDPOINT": "http://127.0.0.1:1",
+    }
+    async with (
+        running_node(tmp_path, fakes(tmp_path, m={}), binary_path=FAKE_LLAMA_SERVER, env=env) as node,
+        mcp_client(node) as client,
+    ):
+        assert (await use(client, "load_model", model="m"))["status"] == "loaded"
+        [child] = [one for one in node.children() if "--port" in one.cmdline()]
+        assert {name: child.environ().get(name) for name in env} == env
+        assert not node.errors
+        assert not [one for one in node.events if one["level"] in ("warning", "error")]
+
+
 @pytest.mark.parametrize("broken", ["raise ImportError('no mcp here')", "x = 1"], ids=["absent", "another"])
 async def test_an_installation_without_the_sdk_says_so(tmp_path: Path, broken: str) -> None:
     """`another`: some other package of that name."""

@@ -7,6 +7,9 @@ ends, cancels its tool.
 
 from __future__ import annotations
 
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 from urllib.parse import unquote
 
@@ -34,6 +37,15 @@ MOST_CALLS = 64
 
 # The import takes half a second; on a busy machine, or from a cold disk, some.
 _IMPORT_SECONDS = 60.0
+
+
+# The SDK brings OpenTelemetry's interface, whose import fails when the environment (that of a cluster, say)
+# names parts of it that aren't installed. Nothing is traced here in any case.
+_NO_TRACING = {
+    "OTEL_PROPAGATORS": "none",
+    "OTEL_PYTHON_CONTEXT": "contextvars_context",
+    "OTEL_PYTHON_TRACER_PROVIDER": "default_tracer_provider",
+}
 
 
 class NotInstalled(LlameshError):
@@ -120,8 +132,9 @@ class McpEndpoint:
 
     def _make(self) -> McpServer:
         """Blocks: for a thread."""
-        from llamesh.web.mcp.server import McpServer
-        from llamesh.web.mcp.tools import Toolbox
+        with _no_tracing():
+            from llamesh.web.mcp.server import McpServer
+            from llamesh.web.mcp.tools import Toolbox
 
         return McpServer(Toolbox(self._api, self._logs, self._acts), MOST_BYTES)
 
@@ -135,3 +148,14 @@ class McpEndpoint:
         if self._server is not None:
             return self._server
         raise self._problem or Overloaded(f"{PATH} is still being prepared; try again")
+
+
+@contextmanager
+def _no_tracing() -> Iterator[None]:
+    # Values are changed, and none is removed: somebody may be copying the environment for a child.
+    before = {name: os.environ[name] for name in _NO_TRACING if name in os.environ}
+    os.environ.update({name: _NO_TRACING[name] for name in before})
+    try:
+        yield
+    finally:
+        os.environ.update(before)
