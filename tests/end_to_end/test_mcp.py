@@ -114,7 +114,7 @@ async def test_mistakes_are_told_in_words(tmp_path: Path) -> None:
         )
         assert "out of memory" in await fail(client, "load_model", model="broken")
         assert "(spawn_failures_exhausted; try again in" in await fail(client, "load_model", model="broken")
-        assert "no node 'far' in the mesh" in await fail(client, "load_model", model="m", node="far")
+        assert "no node 'far'" in await fail(client, "load_model", model="m", node="far")
         assert "Expected `str`, got `int` - at `$.model`" in await fail(client, "load_model", model=1)
         assert "missing required field `model`" in await fail(client, "load_model")
         assert "unknown field `modle`" in await fail(client, "load_model", model="m", modle="m")
