@@ -10,16 +10,15 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pytest
 import trio
 from mcp import MCPError
 
-from tests.end_to_end.cookbooks import ask, ask_well, cookbook, error_of, profile, wait_document
+from tests.end_to_end.cookbooks import ask_well, cookbook, error_of, profile, wait_document
 from tests.end_to_end.test_state import fakes
 from tests.support.fake import FAKE_LLAMA_SERVER
 from tests.support.mcp import ERAS, HEADERS, PATH, call_of, fail, mcp_client, post, use
-from tests.support.node import CHECKOUT, Node, running_node
+from tests.support.node import CHECKOUT, running_node
 
 TOOLS = {
     *("mesh_summary", "mesh_state", "list_nodes", "list_models", "list_requests", "explain_request"),
@@ -281,25 +280,28 @@ async def test_a_call_does_not_hold_up_the_end(tmp_path: Path, mode: str) -> Non
 
 
 async def test_nothing_of_it_is_there_before_it_is_used(tmp_path: Path) -> None:
-    """The SDK is 25 MiB: a node that nobody asks doesn't have it in memory."""
-    async with running_node(tmp_path, fakes(tmp_path, m={}), binary_path=FAKE_LLAMA_SERVER) as node:
-        process = psutil.Process(node.pid)
-        await ask(node, "m")
+    """The SDK is 25 MiB: a node that nobody asks for it hasn't imported it, whatever else it is asked for."""
+    mark = tmp_path / "mark"
+    env = in_place_of_the_sdk(tmp_path, f"open({str(mark)!r}, 'w').close()\nraise ImportError('not now')")
+    async with running_node(tmp_path, fakes(tmp_path, m={}), binary_path=FAKE_LLAMA_SERVER, env=env) as node:
+        await ask_well(node, "m")
         for path in ("/ui/", "/metrics", "/api/v1/state", "/v1/models"):
             assert (await node.client.get(path)).status_code == 200
-        assert (await node.client.get(PATH)).status_code == 405  # refused without it
-        before = process.memory_info().rss
-        assert not _has_sdk(node)
-        async with mcp_client(node) as client:
-            await use(client, "mesh_summary")
-        assert _has_sdk(node)
-        assert process.memory_info().rss - before < 64 << 20
-        assert not node.errors
+        assert (await node.client.get(PATH)).status_code == 405
+        assert (
+            await post(node, call_of("mesh_summary"), {"origin": "https://evil.example.org"})
+        ).status_code == 403
+        assert not mark.exists()
+        assert (await post(node, call_of("mesh_summary"))).status_code == 501
+        assert mark.exists()
 
 
-def _has_sdk(node: Node) -> bool:
-    """Whether a library is in the node's memory that, where there is no mesh, only the SDK wants."""
-    return "/cryptography/" in Path(f"/proc/{node.pid}/maps").read_text()
+def in_place_of_the_sdk(directory: Path, program: str) -> dict[str, str]:
+    """The environment of a node for which the package `mcp` is this program."""
+    package = directory / "path" / "mcp"
+    package.mkdir(parents=True)
+    (package / "__init__.py").write_text(program)
+    return {"PYTHONPATH": f"{package.parent}{os.pathsep}{CHECKOUT}"}
 
 
 @pytest.mark.parametrize("module", ["llamesh.node", "llamesh.web.mcp.endpoint"])
@@ -335,10 +337,7 @@ async def test_tracing_that_the_environment_wants_is_none_of_it(tmp_path: Path) 
 @pytest.mark.parametrize("broken", ["raise ImportError('no mcp here')", "x = 1"], ids=["absent", "another"])
 async def test_an_installation_without_the_sdk_says_so(tmp_path: Path, broken: str) -> None:
     """`another`: some other package of that name."""
-    stand_in = tmp_path / "path" / "mcp"
-    stand_in.mkdir(parents=True)
-    (stand_in / "__init__.py").write_text(broken)
-    env = {"PYTHONPATH": f"{stand_in.parent}{os.pathsep}{CHECKOUT}"}
+    env = in_place_of_the_sdk(tmp_path, broken)
     async with running_node(tmp_path, fakes(tmp_path, m={}), binary_path=FAKE_LLAMA_SERVER, env=env) as node:
         for _ in range(2):
             reply = await post(node, call_of("mesh_summary"))

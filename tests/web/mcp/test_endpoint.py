@@ -21,6 +21,8 @@ from llamesh.web.mcp.endpoint import McpEndpoint, NotInstalled, TooManyCalls
 class AllMay:
     """Lets everybody in."""
 
+    def who(self, headers: Any) -> None: ...
+
     def check_admin(self, headers: Any, *, loopback: bool) -> None: ...
 
 
