@@ -108,7 +108,14 @@ class Node:
         )
         collector = NodeCollector(self.stats, self.pages.gauges, self._info)
         self.views = Views(
-            store, self.pool, self.dispatch, self.stats, self.learned, self.gateway, self.prewarm
+            store,
+            self.pool,
+            self.dispatch,
+            self.stats,
+            self.learned,
+            self.gateway,
+            self.prewarm,
+            administration,
         )
         self.exposure = Exposure(current, self.views.own.attention)
         self.views.own.address = lambda: self.pages.address

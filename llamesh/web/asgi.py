@@ -120,7 +120,7 @@ class Application:
             try:
                 _check_query(scope["query_string"])
                 handler.admit(call)
-                if not await self._read(headers, exchange.receive, body):
+                if not await self._read(headers, exchange.receive, body, call.most_bytes):
                     return
                 async with trio.open_nursery() as nursery:
                     nursery.start_soon(self._watch, exchange.receive, sink, nursery.cancel_scope)
@@ -147,13 +147,15 @@ class Application:
             return
         await self._gateway.refuse(error, call.id, call.sink)
 
-    async def _read(self, headers: Headers, receive: Receive, body: Body) -> bool:
+    async def _read(self, headers: Headers, receive: Receive, body: Body, most: int | None = None) -> bool:
         http = self._gateway.settings.http
         limit = http.request_body_limit_bytes
+        if most is not None and most < limit:
+            limit = most
         if any(
             name == b"content-length" and value.isdigit() and int(value) > limit for name, value in headers
         ):
-            raise _too_large(limit)
+            raise _too_large(limit, http.request_body_limit_bytes)
         while True:
             with trio.move_on_after(http.body_read_timeout_ms / 1000) as scope:
                 message = await receive()
@@ -163,7 +165,7 @@ class Application:
                 return False
             body.add(message.get("body", b""))
             if body.length > limit:
-                raise _too_large(limit)
+                raise _too_large(limit, http.request_body_limit_bytes)
             if not message.get("more_body"):
                 return True
 
@@ -193,8 +195,9 @@ def _check_query(query: bytes) -> None:
         raise InvalidRequest("the query has characters that must be percent-encoded")
 
 
-def _too_large(limit: int) -> RequestTooLarge:
-    return RequestTooLarge(f"the request body is larger than http.request_body_limit_bytes ({limit})")
+def _too_large(limit: int, setting: int) -> RequestTooLarge:
+    name = "http.request_body_limit_bytes" if limit == setting else "this path takes"
+    return RequestTooLarge(f"the request body is larger than {name} ({limit})")
 
 
 class _Exchange:

@@ -20,7 +20,8 @@ from llamesh.web.sink import Sink
 @dataclass(slots=True)
 class Call:
     """One request. path: raw, without the query; client: its address; body: read when the handler runs;
-    extra: headers that the answer gets, whatever it is; caller: who asks, set by the handler that checked it.
+    extra: headers that the answer gets, whatever it is; caller: who asks, set by the handler that checked it;
+    most_bytes: of its body, where `admit` says less than http.request_body_limit_bytes.
     """
 
     method: str
@@ -33,6 +34,7 @@ class Call:
     sink: Sink
     extra: Headers
     caller: Caller = ANYBODY
+    most_bytes: int | None = None
 
     @property
     def loopback(self) -> bool:

@@ -104,6 +104,12 @@ class LogStream:
         finally:
             self._readers -= 1
 
+    async def last(self, name: str, node: str = "") -> list[tuple[str, str]]:
+        """The last lines (instance, line) of a model, or of all for "", here or at another `node`. Raises
+        LlameshError.
+        """
+        return (await self._lines(self._key(name, anywhere=bool(node)), {}, node)).lines
+
     def _key(self, name: str, *, anywhere: bool) -> str:
         if not name:
             return ""

@@ -27,17 +27,20 @@ class Prewarm:
         self._pool = pool
         self._dispatch = dispatch
         self._nursery: trio.Nursery | None = None
+        self._quiet: set[str] = set()  # profiles whose load somebody wanted without waiting for it
 
     async def run(self, profile: Profile, *, wait: bool) -> dict[str, Any]:
         """Have an instance of `profile` ready; return when it is, or at once. Raises LlameshError."""
         if self._is_loaded(profile):
             return {"model": profile.public_name, "status": "loaded"}
-        ticket = self._dispatch.join(Ask(profile, "prewarm", here_only=True))
         if wait:
-            await self._wait(ticket)
+            await self._wait(self._join(profile))
             return {"model": profile.public_name, "status": "loaded"}
         assert self._nursery is not None, "not running"  # noqa: S101
-        self._nursery.start_soon(self._wait_quietly, ticket)
+        if profile.key not in self._quiet:
+            # One place in the queue does for all, however often they ask.
+            self._nursery.start_soon(self._wait_quietly, self._join(profile))
+            self._quiet.add(profile.key)
         return {"model": profile.public_name, "status": "loading"}
 
     async def serve(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
@@ -60,7 +63,13 @@ class Prewarm:
                     return
 
     async def _wait_quietly(self, ticket: Ticket) -> None:
+        key = ticket.ask.profile.key
         try:
             await self._wait(ticket)
         except LlameshError as error:
-            log.warning("prewarm failed", profile=ticket.ask.profile.key, error=error.message)
+            log.warning("prewarm failed", profile=key, error=error.message)
+        finally:
+            self._quiet.discard(key)
+
+    def _join(self, profile: Profile) -> Ticket:
+        return self._dispatch.join(Ask(profile, "prewarm", here_only=True))

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Protocol
 
+import trio
+
 from llamesh.config.store import Store
 from llamesh.dispatch import Dispatch
 from llamesh.local.pool import Pool
@@ -12,9 +14,11 @@ from llamesh.telemetry.feed import TOLD
 from llamesh.telemetry.learned import LearnedValues
 from llamesh.telemetry.stats import NodeStats
 from llamesh.web import logs_stream, upstream
+from llamesh.web.admin import Administration
 from llamesh.web.direct import Direct
 from llamesh.web.gateway import Gateway
 from llamesh.web.logs_stream import LogStream
+from llamesh.web.mcp import endpoint
 from llamesh.web.mesh_pages import MeshPages
 from llamesh.web.mesh_state import MeshRoute, PeerStates
 from llamesh.web.pages import CREATED
@@ -46,17 +50,21 @@ class Views:
         learned: LearnedValues,
         gateway: Gateway,
         prewarm: Prewarm,
+        administration: Administration,
     ) -> None:
         access, recorder = gateway.access, gateway.recorder
         self.own = OwnState(store, pool, dispatch, stats, learned, recorder)
         self.api = StateApi(self.own, access)
         self.logs = LogStream(pool, dispatch, access, lambda: self.own.node_id)
+        self.mcp = endpoint.McpEndpoint(access, self.api, self.logs, administration, gateway.audit)
         raw = Upstream(store, pool, dispatch, prewarm, access, gateway.audit)
         self.own.attention.audit = gateway.audit
         self.direct = Direct(
             {
                 "/api/v1/state/stream": StreamHandler(self.api.stream, access),
                 logs_stream.PREFIX: self.logs,
+                endpoint.PATH: self.mcp,
+                endpoint.PATH + "/": self.mcp,
             },
             {logs_stream.PREFIX + "/": self.logs, upstream.PREFIX: raw},
             {path: OfModel(raw, access, autoload=path == "/props") for path in upstream.OF_MODEL},
@@ -70,9 +78,13 @@ class Views:
         cluster.routes.update({**self.api.mesh_routes(), **self.logs.mesh_routes()})
 
     async def run(self) -> None:
-        """What goes on all the time: history, the stream, and the log's lines that are events."""
+        """What goes on all the time: history, the stream, the log's lines that are events, `/mcp` once it is
+        used.
+        """
         stop = logs.listen(self.own.recorder.hear, TOLD)
         try:
-            await self.api.run()
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(self.mcp.serve)
+                await self.api.run()
         finally:
             stop()
