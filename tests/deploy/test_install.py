@@ -39,7 +39,7 @@ def install(root: CleanRoot, *options: str, fails: bool = False) -> str:
 def test_installed_updated_and_removed(root: CleanRoot) -> None:
     said = install(root, "--from", WHEEL, *OFFLINE)
     assert "done. Models: /etc/llamesh/cookbook.yaml" in said
-    assert "usage: llamesh" in root.run("/usr/local/bin/llamesh", "--help")
+    assert "Usage: llamesh" in root.run("/usr/local/bin/llamesh", "--help")
     assert root.owner("/var/lib/llamesh") == ("llamesh", "llamesh", 0o750)
     assert root.owner("/etc/llamesh") == ("root", "llamesh", 0o2770)
     assert root.owner("/etc/llamesh/secrets.yaml") == ("root", "llamesh", 0o640)
@@ -56,13 +56,13 @@ def test_installed_updated_and_removed(root: CleanRoot) -> None:
     assert root.owner("/etc/llamesh/cookbook.yaml") == ("root", "llamesh", 0o640)
     assert not (root.files / "opt/llamesh/of-the-former-one").exists()
     assert sorted(p.name for p in (root.files / "opt").iterdir()) == ["llamesh"]
-    assert "usage: llamesh" in root.run("/usr/local/bin/llamesh", "--help")
+    assert "Usage: llamesh" in root.run("/usr/local/bin/llamesh", "--help")
 
     # An update that fails leaves what is there.
     said = install(root, "--from", "/root/nothing.whl", *OFFLINE, fails=True)
     assert "pip could not install /root/nothing.whl" in said
     assert sorted(p.name for p in (root.files / "opt").iterdir()) == ["llamesh"]
-    assert "usage: llamesh" in root.run("/usr/local/bin/llamesh", "--help")
+    assert "Usage: llamesh" in root.run("/usr/local/bin/llamesh", "--help")
 
     install(root, "--uninstall")
     assert list((root.files / "opt").iterdir()) == []
@@ -78,7 +78,7 @@ def test_elsewhere_and_without_a_start(root: CleanRoot) -> None:
     assert "ExecStart=/srv/llamesh/bin/python " in unit
     assert "/opt/llamesh" not in unit
     assert root.run("systemctl", "is-enabled", "llamesh.service", fails=True).strip() == "disabled"
-    assert "usage: llamesh" in root.run("/usr/local/bin/llamesh", "--help")
+    assert "Usage: llamesh" in root.run("/usr/local/bin/llamesh", "--help")
 
 
 @pytest.mark.parametrize(
