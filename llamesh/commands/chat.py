@@ -15,14 +15,14 @@ from llamesh.commands.saying import aside
 from llamesh.commands.shared.acts import model_argument, naming
 from llamesh.commands.shared.answering import Figures, Message, answer
 from llamesh.commands.shared.client import Client, path_of
-from llamesh.commands.shared.failed import Failed
+from llamesh.commands.shared.failed import Failed, NoSuchModel
 from llamesh.commands.shared.options import command as make
 from llamesh.commands.shared.reach import Reach, node_options
 from llamesh.commands.shared.words import clean
 
 _HELP = """\
 /new           forget what was said
-/system TEXT   tell the model how to be, from now on (without TEXT: not any more)
+/system TEXT   tell the model how to be (without TEXT: not any more)
 /model NAME    go on with another model
 /exit          end (Ctrl-D, too); Ctrl-C stops an answer"""
 
@@ -100,7 +100,7 @@ class Talk:
                 for piece in pieces:
                     page.show(piece.kind, piece.text)
         except Failed as error:
-            if error.exit_code != exit_codes.FAILED:
+            if error.exit_code != exit_codes.FAILED or isinstance(error, NoSuchModel):
                 raise
             raise Failed(f"{error.message}; `llamesh why {id}` may tell more") from None
         finally:

@@ -88,13 +88,13 @@ def _live(following: Following) -> None:
     from rich.live import Live
     from rich.text import Text
 
-    from llamesh.commands.shared.screen import console, drawn
+    from llamesh.commands.shared.screen import console, drawn, heading
 
     screen = console()
 
     def picture() -> RenderableType:
-        state, problem = following.state, following.problem
-        head = Text(problem, style="bold red") if problem else Text(summary(state), style="dim")
+        state = following.state
+        head = heading(summary(state), following.problem)
         # The last line stays free: the cursor is there.
         return Group(head, Text(), drawn(_sheets(state), screen.width, screen.height - 3))
 

@@ -40,15 +40,13 @@ def _watch(following: Following, descriptor: int) -> None:
     from rich.live import Live
     from rich.text import Text
 
-    from llamesh.commands.shared.screen import console, drawn
+    from llamesh.commands.shared.screen import console, drawn, heading
 
     screen = console()
 
     def picture() -> RenderableType:
-        state, problem = following.state, following.problem
-        head = (
-            Text(problem, style="bold red") if problem else Text(f"{summary(state)}   q: quit", style="dim")
-        )
+        state = following.state
+        head = heading(f"q quits. {summary(state)}", following.problem)
         return Group(head, Text(), drawn(_sheets(state), screen.width, screen.height - 2))
 
     with Live(picture(), console=screen, screen=True, auto_refresh=False) as live:

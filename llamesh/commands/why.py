@@ -119,7 +119,10 @@ def _way(record: Record) -> str:
 
 def _times(record: Record) -> Sheet:
     rows: list[tuple[str, str, str]] = []
-    waited, first, total = record["queue_ms"], record["first_token_ms"], record["ms"]
+    first, total = record["first_token_ms"], record["ms"]
+    # Where it was forwarded it may have waited again.
+    waits = [one["queue_ms"] for one in (record, *record["records"]) if one["queue_ms"] is not None]
+    waited = (max(waits) if waits else None) if record["served_by"] else total
     if waited is not None:
         rows.append(("waiting", millis(waited), "for a slot, a load, or another node"))
     prompt = _prompt(record)
@@ -186,7 +189,7 @@ def _tries(record: Record) -> Sheet:
 
 def _records(record: Record) -> Sheet:
     """What each node saw of it, where there are several."""
-    seen = record.get("records") or ()
+    seen = record["records"]
     columns = (Column("node"), Column("outcome"), Column("waited", right=True), Column("in all", right=True))
     rows = [
         (

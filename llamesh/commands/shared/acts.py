@@ -11,7 +11,7 @@ import click
 
 from llamesh.commands.shared.client import Client
 from llamesh.commands.shared.completing import complete_models, complete_nodes
-from llamesh.commands.shared.failed import Failed, Refused
+from llamesh.commands.shared.failed import Failed, NoSuchModel, Refused
 
 node_option = click.option(
     "--node",
@@ -51,4 +51,4 @@ def naming(client: Client, model: str) -> Iterator[None]:
             names = [str(one.get("id")) for one in client.get("/v1/models").get("data") or ()]
         near = difflib.get_close_matches(model, names, n=3)
         hint = f"did you mean {' or '.join(near)}?" if near else "`llamesh status` shows which there are"
-        raise Failed(f"{error.message}; {hint}") from None
+        raise NoSuchModel(f"{error.message}; {hint}") from None

@@ -165,7 +165,9 @@ class Client:
         message = clean(str(told.get("message") or "it isn't a llamesh node"))
         kind, status = str(told.get("type") or ""), reply.status
         hint = self._hint(status, reply.getheader("retry-after") or "")
-        return Refused(f"the node at {self.place} refused ({status}): {message}{hint}", status, kind)
+        # What isn't there isn't refused.
+        verb = "answers" if status in (400, 404) else "refused"
+        return Refused(f"the node at {self.place} {verb} ({status}): {message}{hint}", status, kind)
 
     def _hint(self, status: int, after: str) -> str:
         again = f"; try again in {after} s" if after.isdigit() else "; try again later"

@@ -41,6 +41,10 @@ class TimedOut(Failed):
     exit_code: ClassVar[int] = exit_codes.TIMEOUT
 
 
+class NoSuchModel(Failed):
+    """Nobody there knows a model of that name."""
+
+
 class Refused(Failed):
     """The node answered with an error. status: of HTTP; kind: the error's `type`."""
 

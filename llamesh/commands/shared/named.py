@@ -37,9 +37,9 @@ def wishes_options(function: Any) -> Any:
 
     @wraps(function)
     def called(**given: Any) -> Any:
-        no_check = given.pop("no_check")
         taken = {name: given.pop(name) for name in ("name", "file", "sha256")}
-        return function(**given, wishes=Wishes(**taken, args=given.pop("args") or "", check=not no_check))
+        wishes = Wishes(**taken, args=given.pop("args") or "", check=not given.pop("no_check"))
+        return function(**given, wishes=wishes)
 
     decorated: Any = called
     for option in (

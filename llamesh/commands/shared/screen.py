@@ -6,6 +6,7 @@ from collections.abc import Iterable, Sequence
 
 from rich.cells import cell_len
 from rich.console import Console, Group, RenderableType
+from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
@@ -13,8 +14,11 @@ from llamesh.commands.shared.sheets import STYLES, Cell, Sheet
 
 _GAP = 2
 
-# What a column that may shrink is worth at least.
-_LEAST_WIDTH = 12
+_MARGIN = 2
+
+# A column that always stays may be cut, to no less than this as long as others can go.
+_LEAST_WIDTH = 14
+_ALWAYS = 9
 
 
 def drawn(sheets: Iterable[Sheet], width: int, height: int | None = None) -> RenderableType:
@@ -26,8 +30,17 @@ def drawn(sheets: Iterable[Sheet], width: int, height: int | None = None) -> Ren
             parts.append(Text())
         if sheet.title:
             parts.append(Text(sheet.title, style="bold"))
-        parts.append(_table(sheet, width, most) if sheet.rows else Text(f"  {sheet.empty}", style="dim"))
+        if sheet.rows:
+            parts.append(_table(sheet, width, most, wraps=height is None))
+        else:
+            parts.append(Text(f"{' ' * _MARGIN}{sheet.empty}", style="dim"))
     return Group(*parts)
+
+
+def heading(words: str, problem: str = "") -> Text:
+    """The first line of a screen that moves."""
+    style = "bold red" if problem else "dim"
+    return Text(problem or words, style=style, no_wrap=True, overflow="ellipsis")
 
 
 def console(*, stderr: bool = False) -> Console:
@@ -55,51 +68,59 @@ def _headed(sheet: Sheet) -> bool:
     return any(column.title for column in sheet.columns)
 
 
-def _table(sheet: Sheet, width: int, most: int) -> Table:
+def _table(sheet: Sheet, width: int, most: int, *, wraps: bool) -> RenderableType:
     left_out = len(sheet.rows) - most
     rows = sheet.rows[: max(0, most - 1)] if left_out else sheet.rows
-    widths = [
-        max([cell_len(column.title), *(cell_len(row[number].text) for row in sheet.rows)])
-        for number, column in enumerate(sheet.columns)
-    ]
-    chosen = _fitting(sheet, widths, width - _GAP)
     table = Table(
         box=None, show_header=_headed(sheet), header_style="dim", padding=(0, _GAP, 0, 0), pad_edge=False
     )
-    table.add_column("", width=0)  # the left margin
-    for number in chosen:
+    chosen = _fitting(sheet, width - _MARGIN)
+    for number, columns in chosen.items():
         column = sheet.columns[number]
         table.add_column(
             column.title,
             justify="right" if column.right else "left",
-            no_wrap=True,
-            overflow="ellipsis",
-            # Figures stay whole; what is long and last gives way.
-            min_width=widths[number] if widths[number] <= _LEAST_WIDTH else _LEAST_WIDTH,
+            width=columns,
+            no_wrap=not wraps,
+            overflow="fold" if wraps else "ellipsis",
         )
     for row in rows:
-        table.add_row("", *(_text(row[number]) for number in chosen))
-    if left_out:
-        table.add_row("", Text(f"… {left_out + 1} more", style="dim"))
-    return table
+        table.add_row(*(_text(row[number]) for number in chosen))
+    shown = Padding(table, (0, 0, 0, _MARGIN))
+    if not left_out:
+        return shown
+    more = Text(f"{' ' * _MARGIN}… {len(sheet.rows) - len(rows)} more", style="dim")
+    return Group(shown, more) if rows else more
 
 
-def _fitting(sheet: Sheet, widths: Sequence[int], width: int) -> list[int]:
-    """The columns that there is room for, in their order."""
-    chosen = list(range(len(sheet.columns)))
+def _fitting(sheet: Sheet, width: int) -> dict[int, int]:
+    """The columns that there is room for, and how wide each is."""
+    widths = {
+        number: max([cell_len(column.title), *(cell_len(row[number].text) for row in sheet.rows)])
+        for number, column in enumerate(sheet.columns)
+    }
 
-    def needed() -> int:
-        # A column that is kept at all costs may be cut.
-        return sum(
-            _GAP + (min(widths[n], _LEAST_WIDTH) if sheet.columns[n].keep >= 9 else widths[n]) for n in chosen
+    def over(least: int) -> int:
+        """What is too much when columns that stay are cut down to `least`."""
+        needed = (
+            min(columns, least) if sheet.columns[number].keep >= _ALWAYS else columns
+            for number, columns in widths.items()
         )
+        return sum(needed) + _GAP * (len(widths) - 1) - width
 
-    while needed() > width:
-        least = min(chosen, key=lambda n: (sheet.columns[n].keep, -n))
-        if sheet.columns[least].keep >= 9:
+    while over(_LEAST_WIDTH) > 0:
+        number = min(widths, key=lambda n: (sheet.columns[n].keep, -n))
+        if sheet.columns[number].keep >= _ALWAYS:
             break
-        chosen.remove(least)
-    return chosen
+        del widths[number]
+    # The longest gives way first.
+    while (excess := over(1_000_000)) > 0:
+        number = max(widths, key=lambda n: widths[n])
+        others = max([columns for n, columns in widths.items() if n != number], default=0)
+        if widths[number] <= 1:
+            break
+        widths[number] = max(1, widths[number] - excess, min(others, widths[number] - 1))
+    return widths
 
 
 def _text(entry: Cell) -> Text:

@@ -249,7 +249,8 @@ def requests(state: State) -> Sheet:
 
 
 def _phase(one: State) -> str:
-    return f"{one['phase']}: {one['waiting_for']}" if one["waiting_for"] else str(one["phase"])
+    phase, what = str(one["phase"]), str(one["waiting_for"] or "")
+    return what if what.startswith(phase) else f"{phase}: {what}" if what else phase
 
 
 def _prompt(one: State) -> str:
