@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+import time
 
 import click
 
@@ -54,7 +55,7 @@ def command(watch: bool, as_json: bool, reach: Reach) -> int:
 
 
 def _sheets(state: State) -> list[Sheet]:
-    return [attention(state), nodes(state), models(state), instances(state)]
+    return [attention(state), nodes(state), models(state), instances(state, time.time())]
 
 
 def _show(state: State) -> None:

@@ -6,6 +6,7 @@ import contextlib
 import os
 import select
 import sys
+import time
 from collections.abc import Iterator
 
 import click
@@ -55,7 +56,8 @@ def _watch(following: Following, descriptor: int) -> None:
 
 
 def _sheets(state: State) -> list[Sheet]:
-    return [attention(state), requests(state), instances(state), nodes(state)]
+    now = time.time()
+    return [attention(state), requests(state, now), instances(state, now), nodes(state)]
 
 
 def _quit(descriptor: int, seconds: float) -> bool:

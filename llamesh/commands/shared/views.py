@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterable
 from typing import Any
 
@@ -168,8 +167,8 @@ def _where(by_node: dict[str, State]) -> Cell:
     return cell(words, _CELL_STYLES.get(order[0], ""))
 
 
-def instances(state: State) -> Sheet:
-    """A row for each llama-server."""
+def instances(state: State, now: float) -> Sheet:
+    """A row for each llama-server. now: Unix seconds; ages go on between two documents."""
     columns = (
         Column("instance"),
         Column("node"),
@@ -182,7 +181,7 @@ def instances(state: State) -> Sheet:
         Column("idle", right=True, keep=4),
         Column("pid", right=True, keep=1),
     )
-    now, rows = time.time(), []
+    rows = []
     for one in state["instances"]:
         # The clocks of two machines differ; none runs backwards here.
         idle = None if one["busy"] or not one["last_used"] else max(0.0, now - one["last_used"])
@@ -214,7 +213,7 @@ def _memory(one: State) -> str:
     return " ".join(part for part in parts if part) or "-"
 
 
-def requests(state: State) -> Sheet:
+def requests(state: State, now: float) -> Sheet:
     """A row for each request that is under way."""
     columns = (
         Column("request"),
@@ -228,7 +227,7 @@ def requests(state: State) -> Sheet:
         Column("way", keep=6),
         Column("key", keep=2),
     )
-    now, rows = time.time(), []
+    rows = []
     for one in state["requests"]:
         lasted = max(0.0, now - one["started"]) * 1000
         rows.append(
