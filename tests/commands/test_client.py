@@ -85,10 +85,10 @@ def running() -> Iterator[Server]:
             thread.join()
 
 
-def call(server: Server, *words: str, **environment: str | None) -> Result:
+def call(server: Server, *words: str, stdin: str = "", **environment: str | None) -> Result:
     """A command with this server as its node."""
     env = {"LLAMESH_URL": server.url, "LLAMESH_API_KEY": None, **environment}
-    return CliRunner().invoke(command_line(lambda *given: 99), words, env=env)
+    return CliRunner().invoke(command_line(lambda *given: 99), words, env=env, input=stdin)
 
 
 @pytest.mark.parametrize(
