@@ -55,6 +55,14 @@ def test_every_command_is_there_and_explains_itself() -> None:
         assert not any(one in ("--key", "--api-key", "--token") for one in names), "a key on a command line"
 
 
+def test_every_command_is_in_the_manual() -> None:
+    manual = (CHECKOUT / "docs/commands.md").read_text()
+    headings = [line[4:] for line in manual.splitlines() if line.startswith("### ")]
+    assert sorted(headings) == sorted(COMMANDS)
+    for name in COMMANDS:
+        assert f"[{name}](#{name})" in manual
+
+
 def test_help_imports_no_command() -> None:
     program = (
         "import sys\n"
