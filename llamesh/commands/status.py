@@ -9,7 +9,7 @@ import time
 import click
 
 from llamesh.commands import exit_codes
-from llamesh.commands.saying import out
+from llamesh.commands.saying import aside, out
 from llamesh.commands.shared.following import Following, State
 from llamesh.commands.shared.options import command as make
 from llamesh.commands.shared.options import json_option
@@ -72,6 +72,7 @@ def _show(state: State) -> None:
 
 def _log(following: Following, *, as_json: bool) -> None:
     """Each change as a document, or as the tables."""
+    problem = ""
     while True:
         state = following.state
         out(
@@ -80,8 +81,9 @@ def _log(following: Following, *, as_json: bool) -> None:
             else f"{summary(state)}\n\n{plain(_sheets(state))}"
         )
         while not following.wait(_PATIENT_SECONDS) or following.state is state:
-            if following.problem:
-                click.echo(f"llamesh: {following.problem}; trying again", err=True)
+            if following.problem and following.problem != problem:
+                aside(f"llamesh: {following.problem}; trying again")
+            problem = following.problem
 
 
 def _live(following: Following) -> None:

@@ -28,5 +28,10 @@ def command(model: str | None, everything: bool, node: str | None, reach: Reach)
     answer = tell(client, "unload", node, {} if everything else {"model": model})
     ids = [clean(str(one)) for one in answer.get("unloading") or ()]
     there = where(answer, node, client)
-    out(f"{there}: unloading {', '.join(ids)}" if ids else f"{there}: nothing was loaded")
+    if ids:
+        out(f"{there}: unloading {', '.join(ids)}")
+        return exit_codes.OK
+    others = [clean(str(one)) for one in answer.get("loaded_on") or ()]
+    hint = f"; it is on {', '.join(others)}: see --node" if others else ""
+    out(f"{there}: nothing was loaded{hint}")
     return exit_codes.OK

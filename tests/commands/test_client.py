@@ -183,6 +183,15 @@ def test_what_an_act_sends(server: Server, words: list[str], path: str, body: di
     assert (method, asked, sent) == ("POST", path, body)
 
 
+def test_unloading_says_where_it_is(server: Server) -> None:
+    server.document = {"unloading": [], "node": "a"}
+    assert call(server, "unload", "m").output == "a: nothing was loaded\n"
+    server.document = {"unloading": [], "loaded_on": ["b", "c"]}
+    assert call(server, "unload", "m", "--node", "a").output.endswith("loaded; it is on b, c: see --node\n")
+    server.document = {"unloading": ["m:default#1", "m:default#2"], "node": "a"}
+    assert call(server, "unload", "m").output == "a: unloading m:default#1, m:default#2\n"
+
+
 def test_an_unknown_model_is_told_with_the_near_ones(server: Server) -> None:
     server.status = 404
     server.document = {"error": {"message": "no model 'quen3'", "type": "model_not_found"}}
