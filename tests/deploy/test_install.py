@@ -6,23 +6,28 @@ import shutil
 import zipfile
 from pathlib import Path
 
+import click
 import pytest
 
 from tests.support.clean_root import CleanRoot
 from tests.support.node import CHECKOUT
 
 WHEEL = "/root/llamesh-0-py3-none-any.whl"
-# No index is there to ask, and llamesh's packages aren't needed to see that it is installed.
+# No index is there to ask, and but for click, llamesh's packages aren't needed to see that it is installed.
 OFFLINE = ("--", "--no-index", "--no-deps")
 
 
 @pytest.fixture
 def root(clean_root: CleanRoot, tmp_path: Path) -> CleanRoot:
-    """With the checkout's deploy folder in it, and a wheel of llamesh without what it depends on."""
+    """With the checkout's deploy folder in it, and a wheel of llamesh with nothing of what it depends on but
+    what `--help` needs."""
     wheel = tmp_path / Path(WHEEL).name
     with zipfile.ZipFile(wheel, "w") as archive:
         for path in sorted((CHECKOUT / "llamesh").rglob("*.py")):
             archive.write(path, str(path.relative_to(CHECKOUT)))
+        library = Path(click.__file__).parent
+        for path in sorted(library.rglob("*.py")):
+            archive.write(path, str(path.relative_to(library.parent)))
         info = "llamesh-0.dist-info"
         archive.writestr(f"{info}/METADATA", "Metadata-Version: 2.1\nName: llamesh\nVersion: 0\n")
         archive.writestr(f"{info}/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
