@@ -11,17 +11,13 @@ import click
 
 from llamesh.commands import exit_codes
 from llamesh.commands.saying import fail, out
-from llamesh.commands.shared.failed import Failed
 from llamesh.commands.shared.options import Files, files_options, json_option
 from llamesh.commands.shared.options import command as make
-from llamesh.commands.shared.reach import Reach
+from llamesh.commands.shared.reach import read_state
 from llamesh.commands.shared.shelf import Item, inventory
 from llamesh.config.problems import ConfigError
 from llamesh.local.weights import WeightsError, find_cache
 from llamesh.local.weights.progress import in_words
-
-# What other nodes have is good to know, and can be done without.
-_STATE_SECONDS = 2.0
 
 # States of a model on a node in which its weights are there, see docs/api.md.
 _WITH_WEIGHTS = ("loaded", "loading", "fits", "needs_eviction")
@@ -36,7 +32,7 @@ def command(work_out: bool, as_json: bool, files: Files) -> int:
     try:
         settings, cookbook = files.read()
         items = inventory(settings, cookbook, find_cache(os.environ), work_out=work_out)
-        _add_other_nodes(items, settings.node_id, _state(files))
+        _add_other_nodes(items, settings.node_id, read_state(settings, os.environ))
     except (ConfigError, WeightsError, OSError) as error:
         return fail(error)
     if as_json:
@@ -77,14 +73,6 @@ def _add_other_nodes(items: list[Item], own: str, state: dict[str, Any]) -> None
             item.nodes += sorted(having - set(item.nodes))
         if having and not known:
             items.append(Item(model["name"], "", 0, "", "mesh", sorted(having), [model["name"]]))
-
-
-def _state(files: Files) -> dict[str, Any]:
-    """What the node of these files knows; nothing where none answers."""
-    try:
-        return Reach(files).client(_STATE_SECONDS).get("/api/v1/state")
-    except Failed:
-        return {}
 
 
 def _document(item: Item) -> dict[str, object]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import ssl
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import wraps
 from pathlib import Path
@@ -24,6 +24,9 @@ if TYPE_CHECKING:
 
 
 _MOST_KEY_BYTES = 4096
+
+# What a command likes to know besides, and can do without.
+_STATE_SECONDS = 2.0
 _DEFAULT_PORTS = {"http": 80, "https": 443}
 
 
@@ -48,6 +51,15 @@ class Reach:
             return Client(_place_of(url, self.cacert), key, seconds)
         settings = self.files.settings()
         return Client(_own_place(settings), key or _own_key(settings), seconds)
+
+
+def read_state(settings: Settings, environ: Mapping[str, str]) -> dict[str, Any]:
+    """`GET /api/v1/state` of the node of these settings; empty where none answers within two seconds."""
+    try:
+        key = environ.get(KEY_VARIABLE) or _own_key(settings)
+        return Client(_own_place(settings), key, _STATE_SECONDS).get("/api/v1/state")
+    except (Failed, ValueError):  # the latter: a key that can't be sent
+        return {}
 
 
 def node_options(function: Callable[..., int]) -> Callable[..., int]:
