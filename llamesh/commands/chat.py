@@ -11,7 +11,7 @@ from typing import IO, Any
 import click
 
 from llamesh.commands import exit_codes
-from llamesh.commands.saying import aside
+from llamesh.commands.saying import aside, passing
 from llamesh.commands.shared.acts import model_argument, naming
 from llamesh.commands.shared.answering import Figures, Message, answer
 from llamesh.commands.shared.client import Client, path_of
@@ -126,8 +126,7 @@ class _Page:
         if kind != self._kind:
             self._turn(kind)
         if kind == "waiting":
-            sys.stderr.write(f"\r\x1b[K{_DIM}{text}{_PLAIN}")
-            sys.stderr.flush()
+            passing(text, _DIM)
         elif kind == "thought":
             _write(sys.stderr, f"{_DIM}{clean(text)}{_PLAIN}")
         else:
@@ -142,7 +141,7 @@ class _Page:
 
     def _turn(self, kind: str) -> None:
         if self._kind == "waiting":
-            sys.stderr.write("\r\x1b[K")
+            passing()
         elif self._kind == "thought":
             sys.stderr.write("\n")
         sys.stderr.flush()

@@ -10,7 +10,7 @@ from typing import Any
 import click
 
 from llamesh.commands import exit_codes
-from llamesh.commands.saying import aside, out
+from llamesh.commands.saying import aside, out, passing
 from llamesh.commands.shared.acts import model_argument, naming, node_option, tell, where
 from llamesh.commands.shared.client import Client, path_of
 from llamesh.commands.shared.failed import Failed
@@ -87,16 +87,14 @@ def _show(client: Client, model: str, thread: threading.Thread) -> None:
                 words = f"{model}: {_progress(client, following.state, model)}"
                 now = time.monotonic()
                 if moves:
-                    sys.stderr.write(f"\r\x1b[K{words}, {lasting(now - began)}")
-                    sys.stderr.flush()
+                    passing(f"{words}, {lasting(now - began)}")
                 elif words != said or now - spoke > _SPEAK_SECONDS:
                     aside(f"{words}, {lasting(now - began)}")
                     said, spoke = words, now
                 thread.join(_LOOK_SECONDS)
         finally:
             if moves:
-                sys.stderr.write("\r\x1b[K")
-                sys.stderr.flush()
+                passing()
 
 
 def _progress(client: Client, state: State, model: str) -> str:

@@ -28,7 +28,7 @@ class Piece:
 
 @dataclass(slots=True)
 class Figures:
-    """What is known of an answer. node: where it came from; speed: tokens a second; first_seconds: until the
+    """What is known of an answer. node: where it came from, "" while that can't be told; speed: tokens a second; first_seconds: until the
     first piece; tokens: of the answer.
     """
 
@@ -92,6 +92,8 @@ def answer(
         figures.node = one_line(lines.headers.get("x-llamesh-node") or "")
         for name, data, _ in events_in(iter(lines)):
             if name == ":":
+                # The head went out before anybody knew who would answer.
+                figures.node = ""
                 yield Piece("waiting", one_line(data))
             elif data == "[DONE]":
                 figures.ended = True
