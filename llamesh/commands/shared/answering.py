@@ -28,8 +28,8 @@ class Piece:
 
 @dataclass(slots=True)
 class Figures:
-    """What is known of an answer. node: where it came from, "" while that can't be told; speed: tokens a second; first_seconds: until the
-    first piece; tokens: of the answer.
+    """What is known of an answer. node: where it came from, "" while that can't be told; speed: tokens a
+    second; first_seconds: until the first piece; tokens: of the answer.
     """
 
     node: str = ""
