@@ -37,10 +37,10 @@ MAY_IMPORT: dict[str, set[str]] = {
     "sharing": _MIDDLE,
     "cluster": _TOP | {"sharing"},
     "node": _TOP | {"cluster", "service"},
-    "command": {"config"},
-    "commands": {"config", "core", "errors", "mesh", "net", "telemetry"},
-    "model_commands": _LOWER | {"local", "command"},
-    "__main__": _TOP | {"node", "command", "commands", "model_commands"},
+    "cli": set(),
+    # They talk to a node over HTTP like everybody, or work on files.
+    "commands": _MIDDLE | {"cli"},
+    "__main__": _TOP | {"node", "cli"},
 }
 
 # Clocks, chance, files, sockets, processes, threads, logs: what makes one question get another answer.

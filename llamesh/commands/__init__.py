@@ -1,5 +1,6 @@
-"""Commands that set up a mesh from a shell: `token`, `key`, `invite`, `join`.
+"""What `llamesh NAME` does is in the module NAME, whose `command` is a command of click.
 
-What another program or machine is meant to take goes to stdout, everything else to stderr. Exit
-codes: 0 done; 1 couldn't be done, with the reason on stderr; `join` also 3.
+`llamesh.cli` has the table of them and imports each when it is called. `shared/` is what several of them
+need. What another program or machine is meant to take goes to stdout, everything else to stderr. Exit codes
+are those of `exit_codes`, but where a command says otherwise.
 """

@@ -3,20 +3,38 @@
 from __future__ import annotations
 
 import ipaddress
-from collections.abc import Mapping
+import os
 from urllib.parse import urlsplit
 
+from llamesh.commands import exit_codes
 from llamesh.commands.saying import aside, fail, out
+from llamesh.commands.shared.failed import Failed
+from llamesh.commands.shared.options import Files, files_options
+from llamesh.commands.shared.options import command as make
 from llamesh.config.settings import Address, Settings
 from llamesh.mesh.identity import load_identity
 from llamesh.mesh.interfaces import announceable
 from llamesh.mesh.invitation import encode
+from llamesh.mesh.key_files import IdentityError
 from llamesh.mesh.key_store import KeyStore
 
 _DEFAULT_PORTS = {"http": 80, "https": 443}
 
 
-def invite(settings: Settings, environ: Mapping[str, str]) -> int:
+@make(("llamesh invite", "then on the other machine: llamesh join -"))
+@files_options()
+def command(files: Files) -> int:
+    """Print a line for `llamesh join`: where this node is, its public key, and the cluster token.
+
+    The line is a secret.
+    """
+    try:
+        return _invite(files.settings())
+    except IdentityError as error:
+        raise Failed(str(error)) from None
+
+
+def _invite(settings: Settings) -> int:
     """Print the invitation, and beside it what may stand in its way. Raises IdentityError."""
     cluster = settings.cluster
     if not cluster.noise.enabled:
@@ -31,8 +49,8 @@ def invite(settings: Settings, environ: Mapping[str, str]) -> int:
             f"this machine has no address that others could use ({listen}, interfaces "
             f"{', '.join(cluster.discovery.interfaces)}); set public_url to one"
         )
-    identity = load_identity(settings, environ)
-    token = KeyStore(settings, environ).token()
+    identity = load_identity(settings, os.environ)
+    token = KeyStore(settings, os.environ).token()
     out(encode(identity.node_id, identity.public, token, addresses))
     aside(
         "Secret: who has this line can join. On the other machine run `llamesh join -` and paste it "
@@ -40,7 +58,7 @@ def invite(settings: Settings, environ: Mapping[str, str]) -> int:
     )
     for warning in _warnings(settings, listen, addresses):
         aside(f"Warning: {warning}")
-    return 0
+    return exit_codes.OK
 
 
 def reachable_at(settings: Settings) -> tuple[Address, ...]:

@@ -9,15 +9,20 @@ from __future__ import annotations
 
 import contextlib
 import getpass
+import os
 import sys
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
-from llamesh.commands import config_edit
+import click
+
+from llamesh.commands import config_edit, exit_codes
 from llamesh.commands.config_edit import CannotEdit
 from llamesh.commands.reach import reach
 from llamesh.commands.saying import aside, fail, out
+from llamesh.commands.shared.failed import Failed
+from llamesh.commands.shared.options import Files, files_options
+from llamesh.commands.shared.options import command as make
 from llamesh.config.problems import ConfigError
 from llamesh.config.settings import Settings, load_settings
 from llamesh.mesh.cluster_token import same_token
@@ -28,30 +33,38 @@ from llamesh.mesh.key_store import TOKEN_VARIABLE, KeyStore
 from llamesh.mesh.known_peers import KnownPeers, known_peers
 from llamesh.mesh.trust import Claim, NotTrusted, fingerprint, key_text
 
-NOBODY_REACHED = 3
-
 
 class CannotJoin(Exception):
     """Why not, for people."""
 
 
-@dataclass(frozen=True, slots=True)
-class Files:
-    """Where the configuration is. Whether a file must exist follows from whether it was named."""
+@make(
+    ("llamesh join -", "asks for the line, which then isn't in the shell's history"),
+    epilog="Exit code 3: all is set up, but nobody was reached.",
+)
+@click.argument("line", metavar="LINE")
+@click.option("--force", is_flag=True, help="replace another token or key that is here")
+@files_options()
+def command(line: str, force: bool, files: Files) -> int:
+    """Make this machine's node a part of the mesh that an invitation comes from.
 
-    config: Path
-    secrets: Path
-    secrets_required: bool
+    LINE is what `llamesh invite` printed; `-` asks for it or reads it. Takes over the token and the key, sets
+    cluster.enabled and cluster.peers in the configuration, and looks whether the mesh can be reached.
+    """
+    try:
+        return _join(line, files, force)
+    except IdentityError as error:
+        raise Failed(str(error)) from None
 
 
-def join(line: str, files: Files, environ: Mapping[str, str], force: bool) -> int:
-    """Join. 0 when the mesh was reached; 3 when all is set up but nobody was; 1 when nothing was done."""
+def _join(line: str, files: Files, force: bool) -> int:
+    """0 when the mesh was reached; 3 when all is set up but nobody was; 1 when nothing was done."""
     try:
         invitation = decode(_typed() if line == "-" else line)
     except BadInvitation as error:
         return fail(f"this isn't an invitation: {error}")
     try:
-        settings, identity, known = _set_up(invitation, files, environ, force)
+        settings, identity, known = _set_up(invitation, files, force)
     except (ConfigError, CannotEdit) as error:
         aside(str(error))
         return 1
@@ -72,14 +85,12 @@ def _typed() -> str:
     return sys.stdin.buffer.read(LONGEST_LINE + 1).decode("utf-8", "replace")
 
 
-def _set_up(
-    invitation: Invitation, files: Files, environ: Mapping[str, str], force: bool
-) -> tuple[Settings, Identity, KnownPeers]:
+def _set_up(invitation: Invitation, files: Files, force: bool) -> tuple[Settings, Identity, KnownPeers]:
     # As it is now, so that mistakes are told in the file's own lines.
-    settings = _load(files.config, files, environ)
+    settings = _load(files.config, files)
     text = config_edit.read(files.config)
     changed = config_edit.joined(text, str(files.config), invitation.addresses)
-    store = KeyStore(settings, environ)
+    store = KeyStore(settings, os.environ)
     _check_name(invitation, settings)
     known, allowed = known_peers(settings), settings.cluster.noise.allowed_keys
     same_mesh = invitation.key in known.pins().values()
@@ -96,13 +107,13 @@ def _set_up(
 
     unchanged = contextlib.nullcontext(files.config)
     with unchanged if changed == text else config_edit.staged(files.config, changed) as draft:
-        settings = _load(draft, files, environ)
+        settings = _load(draft, files)
         _check_effect(invitation, settings)
         if writes_token:
             # A former token of the same mesh opens doors for some days yet; that of another mesh
             # would let its nodes in here.
             store.adopt_token(invitation.token, keep_previous=same_mesh)
-        identity = load_identity(settings, environ)
+        identity = load_identity(settings, os.environ)
         known.save()
     out(
         f"{settings.node_id} is set up for the mesh of {invitation.node_id} "
@@ -112,10 +123,10 @@ def _set_up(
     return settings, identity, known
 
 
-def _load(path: Path, files: Files, environ: Mapping[str, str]) -> Settings:
+def _load(path: Path, files: Files) -> Settings:
     try:
         return load_settings(
-            path, files.secrets, environ, required=False, secrets_required=files.secrets_required
+            path, files.secrets, os.environ, required=False, secrets_required=files.secrets_required
         )
     except ConfigError as error:
         # The draft has a name and lines of its own, that nobody else knows.
@@ -184,7 +195,7 @@ def _look(invitation: Invitation, settings: Settings, identity: Identity, known:
         known.save()
     except (IdentityError, NotTrusted) as error:
         fail(error)
-        return NOBODY_REACHED
+        return exit_codes.UNREACHABLE
     if claims:
         aside(f"Start {settings.node_id} now; if it runs already, start it again: it takes the token then.")
         return 0
@@ -198,4 +209,4 @@ def _look(invitation: Invitation, settings: Settings, identity: Identity, known:
             f"The invitation has no address: {settings.node_id} finds the mesh on the local network, "
             "or not at all."
         )
-    return NOBODY_REACHED
+    return exit_codes.UNREACHABLE

@@ -20,8 +20,10 @@ if TYPE_CHECKING:
 PREFIX = "LLAMESH_"
 #: Variables that begin like ours and mean something to tests and CI, not to a node.
 IGNORED_PREFIXES = ("LLAMESH_TEST_", "LLAMESH_CI_")
-#: The key that `llamesh pause` sends.
-IGNORED = "LLAMESH_API_KEY"
+#: For commands that talk to a node: the key that they send, and where it is.
+KEY_VARIABLE = "LLAMESH_API_KEY"
+URL_VARIABLE = "LLAMESH_URL"
+_FOR_COMMANDS = (KEY_VARIABLE, URL_VARIABLE)
 
 
 def variable_name(key: str) -> str:
@@ -44,7 +46,7 @@ def read_environment(
     # Sorted, so that a section's own variable comes before those of its keys, which refine it.
     for name in sorted(environ):
         upper = name.upper()
-        if not upper.startswith(PREFIX) or upper.startswith(IGNORED_PREFIXES) or upper == IGNORED:
+        if not upper.startswith(PREFIX) or upper.startswith(IGNORED_PREFIXES) or upper in _FOR_COMMANDS:
             continue
         source = f"environment variable {name}"
         key = known.get(upper)

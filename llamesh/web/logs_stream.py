@@ -2,7 +2,8 @@
 
 Plain text, or server-sent events for whoever accepts them (`Accept: text/event-stream`, or `?format=sse`):
 `data: {"instance": ..., "line": ...}`. `?node=` shows another node's. Children that ended a moment ago are
-shown, too: of a start that failed nothing else is left.
+shown, too: of a start that failed nothing else is left. `?lines=N` begins with the last N lines,
+`?follow=false` ends after those that are there.
 """
 
 from __future__ import annotations
@@ -98,9 +99,11 @@ class LogStream:
         if self._readers >= _MOST_READERS:
             raise TooManyReaders(f"{_MOST_READERS} streams of logs are open, as many as there may be")
         sse = arguments.get("format") == "sse" or "text/event-stream" in call.header(b"accept")
+        most = _number(arguments.get("lines"))
+        once = arguments.get("follow") in ("0", "false")
         self._readers += 1
         try:
-            await self._follow(call, key, node, sse=sse)
+            await self._follow(call, key, node, most, sse=sse, once=once)
         finally:
             self._readers -= 1
 
@@ -120,7 +123,9 @@ class LogStream:
             return name if ":" in name else f"{name}:default"
         raise ModelNotFound(f"node {self._node_id()} knows no model {name[:120]!r}", param="model")
 
-    async def _follow(self, call: Call, key: str, node: str, *, sse: bool) -> None:
+    async def _follow(
+        self, call: Call, key: str, node: str, most: int | None, *, sse: bool, once: bool
+    ) -> None:
         sink = call.sink
         if sse:
             headers = STREAM_HEADERS
@@ -128,6 +133,8 @@ class LogStream:
             # Never as HTML, whatever a child writes.
             headers = [(b"content-type", b"text/plain; charset=utf-8"), *STREAM_HEADERS[1:]]
         answer = await self._lines(key, {}, node)
+        if most is not None:
+            answer = Lines(answer.lines[max(0, len(answer.lines) - most) :], answer.seen)
         sink.start(200, headers, length=None)
         await sink.flush()
         spoke = trio.current_time()
@@ -138,6 +145,9 @@ class LogStream:
             elif sse and trio.current_time() - spoke > _BEAT_SECONDS:
                 spoke = trio.current_time()
                 await sink.write(b": nothing new\n\n")
+            if once:
+                await sink.finish()
+                return
             await trio.sleep(_PEER_SECONDS if node else _LOOK_SECONDS)
             answer = await self._lines(key, answer.seen, node)
 
@@ -186,6 +196,14 @@ class LogStream:
             return 200, msgspec.json.encode(self.read(wanted.model, wanted.seen))
 
         return {LOGS: logs}
+
+
+def _number(text: str | None) -> int | None:
+    if text is None:
+        return None
+    if not text.isascii() or not text.isdigit() or len(text) > 9:
+        raise InvalidRequest("`lines` must be a number", param="lines")
+    return int(text)
 
 
 def _cut(lines: list[tuple[str, str]]) -> list[tuple[str, str]]:

@@ -64,7 +64,7 @@ def test_nothing_in_it_names_the_folder_it_was_built_in(bare_package: Path, tmp_
 def test_its_life(clean_root: CleanRoot, bare_package: Path) -> None:
     root = clean_root
     install(root, bare_package)
-    assert "usage: llamesh" in root.run("/usr/bin/llamesh", "--help")
+    assert "Usage: llamesh" in root.run("/usr/bin/llamesh", "--help")
     passwd = root.run("getent", "passwd", "llamesh").strip().split(":")
     assert (passwd[5], passwd[6]) == ("/var/lib/llamesh", "/usr/sbin/nologin")
     assert "video" in root.run("id", "-nG", "llamesh").split()

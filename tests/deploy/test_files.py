@@ -31,7 +31,7 @@ from tests.end_to_end.cookbooks import (
     wait_running,
 )
 from tests.support.fake import FAKE_LLAMA_SERVER, fake_profile_file
-from tests.support.node import CHECKOUT, running_node
+from tests.support.node import CHECKOUT, clean_environment, running_node
 
 DEPLOY = CHECKOUT / "deploy"
 GRACE_SECONDS = Settings().shutdown_grace_period_seconds
@@ -310,15 +310,23 @@ def test_the_peer_list_is_the_headless_service(manifests: dict[str, Any], tmp_pa
     assert ports == {"http": settings.listen_addr.port, "peers": settings.cluster.listen_addr.port}
 
 
+def pre_stop(manifests: dict[str, Any]) -> list[str]:
+    """The command that is run before a pod ends."""
+    [container] = manifests["StatefulSet/llamesh"]["spec"]["template"]["spec"]["containers"]
+    command: list[str] = container["lifecycle"]["preStop"]["exec"]["command"]
+    return command
+
+
 def test_pods_are_looked_after_and_drained(manifests: dict[str, Any]) -> None:
     pod = manifests["StatefulSet/llamesh"]["spec"]["template"]["spec"]
     [container] = pod["containers"]
     assert container["readinessProbe"]["httpGet"]["path"] == "/readyz"
     # A node that drains is alive.
     assert container["livenessProbe"]["httpGet"]["path"] == "/healthz"
-    program, seconds = container["lifecycle"]["preStop"]["exec"]["command"]
-    assert program in (DEPLOY / "docker/Dockerfile").read_text()
-    enough = float(seconds) + GRACE_SECONDS + LAST_SECONDS
+    program, *words = pre_stop(manifests)
+    assert f"/usr/local/bin/{program}" in (DEPLOY / "docker/Dockerfile").read_text()
+    assert words[:2] == container["args"][:2]
+    enough = float(words[-1]) + GRACE_SECONDS + LAST_SECONDS
     assert pod["terminationGracePeriodSeconds"] >= enough
     assert pod["securityContext"]["runAsNonRoot"] is True
     assert container["securityContext"]["capabilities"] == {"drop": ["ALL"]}
@@ -340,18 +348,22 @@ def test_the_manifests_fit_their_schemas(tools: Path, manifests: dict[str, Any],
 # Draining
 
 
-async def test_drain_waits_for_what_runs(tmp_path: Path) -> None:
+async def test_what_is_run_before_a_pod_ends_waits_for_its_requests(
+    manifests: dict[str, Any], tmp_path: Path
+) -> None:
     gate = tmp_path / "gate"
     slow = fake_profile_file(tmp_path, "slow", gate=str(gate), gate_after=1, tokens=3)
     async with running_node(
         tmp_path / "node", cookbook(slow=profile(slow)), binary_path=FAKE_LLAMA_SERVER
     ) as node:
+        _, option, _, *words = pre_stop(manifests)
         async with node.client.stream("POST", CHAT, json=chat("slow", stream=True)) as reply:
             pieces = reply.aiter_text()
             assert "data: " in await anext(pieces)
             drain = subprocess.Popen(
-                [sys.executable, "-I", str(DEPLOY / "docker/drain"), "60"],
-                env={"LLAMESH_DRAIN_URL": node.url},
+                [sys.executable, "-m", "llamesh", option, str(node.directory / "config.yaml"), *words],
+                env=clean_environment({"LLAMESH_LISTEN_ADDR": f"127.0.0.1:{node.port}"}),
+                stdout=subprocess.DEVNULL,
                 stderr=subprocess.PIPE,
             )
             try:
@@ -368,16 +380,3 @@ async def test_drain_waits_for_what_runs(tmp_path: Path) -> None:
                 drain.communicate()
         await wait_running(node, 0)
         assert await node.stop(signal.SIGTERM) == 0
-
-
-def test_drain_says_why_it_cant() -> None:
-    done = subprocess.run(
-        [sys.executable, "-I", str(DEPLOY / "docker/drain"), "1"],
-        env={"LLAMESH_DRAIN_URL": "http://127.0.0.1:1"},
-        capture_output=True,
-        text=True,
-        timeout=30,
-    )
-    assert done.returncode == 1
-    assert "llamesh-drain: " in done.stderr
-    assert "Traceback" not in done.stderr

@@ -6,23 +6,28 @@ import shutil
 import zipfile
 from pathlib import Path
 
+import click
 import pytest
 
 from tests.support.clean_root import CleanRoot
 from tests.support.node import CHECKOUT
 
 WHEEL = "/root/llamesh-0-py3-none-any.whl"
-# No index is there to ask, and llamesh's packages aren't needed to see that it is installed.
+# No index is there to ask, and but for click, llamesh's packages aren't needed to see that it is installed.
 OFFLINE = ("--", "--no-index", "--no-deps")
 
 
 @pytest.fixture
 def root(clean_root: CleanRoot, tmp_path: Path) -> CleanRoot:
-    """With the checkout's deploy folder in it, and a wheel of llamesh without what it depends on."""
+    """With the checkout's deploy folder in it, and a wheel of llamesh with nothing of what it depends on but
+    what `--help` needs."""
     wheel = tmp_path / Path(WHEEL).name
     with zipfile.ZipFile(wheel, "w") as archive:
         for path in sorted((CHECKOUT / "llamesh").rglob("*.py")):
             archive.write(path, str(path.relative_to(CHECKOUT)))
+        library = Path(click.__file__).parent
+        for path in sorted(library.rglob("*.py")):
+            archive.write(path, str(path.relative_to(library.parent)))
         info = "llamesh-0.dist-info"
         archive.writestr(f"{info}/METADATA", "Metadata-Version: 2.1\nName: llamesh\nVersion: 0\n")
         archive.writestr(f"{info}/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
@@ -39,7 +44,7 @@ def install(root: CleanRoot, *options: str, fails: bool = False) -> str:
 def test_installed_updated_and_removed(root: CleanRoot) -> None:
     said = install(root, "--from", WHEEL, *OFFLINE)
     assert "done. Models: /etc/llamesh/cookbook.yaml" in said
-    assert "usage: llamesh" in root.run("/usr/local/bin/llamesh", "--help")
+    assert "Usage: llamesh" in root.run("/usr/local/bin/llamesh", "--help")
     assert root.owner("/var/lib/llamesh") == ("llamesh", "llamesh", 0o750)
     assert root.owner("/etc/llamesh") == ("root", "llamesh", 0o2770)
     assert root.owner("/etc/llamesh/secrets.yaml") == ("root", "llamesh", 0o640)
@@ -56,13 +61,13 @@ def test_installed_updated_and_removed(root: CleanRoot) -> None:
     assert root.owner("/etc/llamesh/cookbook.yaml") == ("root", "llamesh", 0o640)
     assert not (root.files / "opt/llamesh/of-the-former-one").exists()
     assert sorted(p.name for p in (root.files / "opt").iterdir()) == ["llamesh"]
-    assert "usage: llamesh" in root.run("/usr/local/bin/llamesh", "--help")
+    assert "Usage: llamesh" in root.run("/usr/local/bin/llamesh", "--help")
 
     # An update that fails leaves what is there.
     said = install(root, "--from", "/root/nothing.whl", *OFFLINE, fails=True)
     assert "pip could not install /root/nothing.whl" in said
     assert sorted(p.name for p in (root.files / "opt").iterdir()) == ["llamesh"]
-    assert "usage: llamesh" in root.run("/usr/local/bin/llamesh", "--help")
+    assert "Usage: llamesh" in root.run("/usr/local/bin/llamesh", "--help")
 
     install(root, "--uninstall")
     assert list((root.files / "opt").iterdir()) == []
@@ -78,7 +83,7 @@ def test_elsewhere_and_without_a_start(root: CleanRoot) -> None:
     assert "ExecStart=/srv/llamesh/bin/python " in unit
     assert "/opt/llamesh" not in unit
     assert root.run("systemctl", "is-enabled", "llamesh.service", fails=True).strip() == "disabled"
-    assert "usage: llamesh" in root.run("/usr/local/bin/llamesh", "--help")
+    assert "Usage: llamesh" in root.run("/usr/local/bin/llamesh", "--help")
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,7 @@ import httpx
 import psutil
 import trio
 
-from llamesh.command import pause_seconds
+from llamesh.commands.pause import pause_seconds
 from llamesh.config.effect import without_effect
 from llamesh.config.settings import Settings
 from tests.end_to_end.cookbooks import (

@@ -153,6 +153,6 @@ def test_no_invitation(box_a: Machine, config: str, words: str) -> None:
 def test_help_names_the_commands(box_a: Machine) -> None:
     shown = box_a.run("--help").stdout
     for command in ("pause", "token", "key", "invite", "join"):
-        assert re.search(rf"^    {command} ", shown, re.MULTILINE)
+        assert re.search(rf"^  {command} ", shown, re.MULTILINE)
         assert box_a.run(command, "--help").returncode == 0
     assert box_a.run("join").returncode == 2

@@ -491,3 +491,11 @@ async def test_logs_show_what_was_and_follow(tmp_path: Path) -> None:
         assert (reply.status_code, error_of(reply)["type"]) == (404, "model_not_found")
         reply = await node.client.get("/logs/stream/m?node=nobody")
         assert (reply.status_code, error_of(reply)["type"]) == (404, "not_found")
+        # A number of lines, and an end.
+        whole = await node.client.get("/logs/stream/m?follow=false")
+        assert whole.text.startswith("hello <b>\nred\n")
+        last = await node.client.get("/logs/stream/m?follow=false&lines=2")
+        assert last.text.splitlines() == whole.text.splitlines()[-2:]
+        assert (await node.client.get("/logs/stream/m?follow=false&lines=0")).text == ""
+        reply = await node.client.get("/logs/stream/m?lines=-1")
+        assert (reply.status_code, error_of(reply)["param"]) == (400, "lines")

@@ -84,7 +84,7 @@ def test_a_failure_and_a_loud_success(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("words", "complaint"),
     [
-        (["--repo-url", "--upload-pack=x"], None),
+        (["--repo-url", "--upload-pack=x"], "would take it for an option"),
         (["--repo-url=--upload-pack=x"], "would take it for an option"),
         (["--repo-url", "ext::sh -c x"], "blanks"),
         (["--branch=--output=x"], "no branch, tag or commit has such a name"),

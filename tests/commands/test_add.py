@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import argparse
 from pathlib import Path
 
 import pytest
 
+from llamesh.commands.add import add, add_to
+from llamesh.commands.shared.failed import Failed
+from llamesh.commands.shared.named import Wishes, read_model
 from llamesh.config.cookbook import HubFile, ModelPath, UrlFile, load_cookbook
-from llamesh.model_commands.add import add, add_to
-from llamesh.model_commands.common import Failed, read_model
 
 HEAD = "# My models.\n"
 TAIL = "# The end.\n"
@@ -32,11 +32,6 @@ FOLDED = """\
             -m x
             -c 5
 """
-
-
-def options(path: Path, model: str, **more: object) -> argparse.Namespace:
-    given = {"name": None, "file": None, "sha256": None, "args": None, "no_check": True, **more}
-    return argparse.Namespace(cookbook=path, model=model, **given)
 
 
 @pytest.mark.parametrize(
@@ -95,7 +90,7 @@ def test_what_cant_be_appended_to_stays_as_it_is(tmp_path: Path, text: str, comp
 def test_a_broken_cookbook_is_told_with_its_place(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "cookbook.yaml"
     path.write_text("models:\n- nome: a\n")
-    assert add(options(path, "o/n")) == 1
+    assert add("o/n", path, Wishes(check=False)) == 1
     assert f"{path}:2: models[0].nome: unknown key" in capsys.readouterr().err
 
 

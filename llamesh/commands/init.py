@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
-import argparse
 from pathlib import Path
 
+import click
 import psutil
 
+from llamesh.commands import exit_codes
+from llamesh.commands.add import add, write_new
+from llamesh.commands.saying import fail, out
+from llamesh.commands.shared.failed import Failed
+from llamesh.commands.shared.named import MODEL_WORDS, Wishes, wishes_options
+from llamesh.commands.shared.options import Files, files_options
+from llamesh.commands.shared.options import command as make
 from llamesh.config.problems import ConfigError
 from llamesh.config.settings import default_node_id
 from llamesh.local.sensors import Sensors
 from llamesh.local.weights import WeightsError
-from llamesh.model_commands.add import add, write_new
-from llamesh.model_commands.common import Failed, cookbook_path, fail, say
 
 _MIB = 1 << 20
 
@@ -45,25 +50,39 @@ models: []
 """
 
 
-def init(options: argparse.Namespace) -> int:
-    """Do it; the exit code."""
-    config, cookbook = options.config or Path("config.yaml"), cookbook_path(options)
+@make(
+    ("llamesh init ggml-org/gemma-3-1b-it-GGUF:Q4_K_M", "and a first model"),
+    ("llamesh init --models-dir ~/models", "serve what is there"),
+    epilog=f"MODEL is {MODEL_WORDS}.",
+)
+@click.argument("model", metavar="[MODEL]", required=False)
+@click.option(
+    "--models-dir",
+    type=click.Path(path_type=Path),
+    metavar="PATH",
+    help="serve every GGUF file in this folder",
+)
+@wishes_options
+@files_options(cookbook=True)
+def command(model: str | None, models_dir: Path | None, wishes: Wishes, files: Files) -> int:
+    """Write config.yaml and cookbook.yaml for this machine, each where there is none, and add MODEL."""
+    config, cookbook = files.config, files.cookbook
     try:
         there = [str(path) for path in (config, cookbook) if path.exists()]
-        if len(there) == 2 and options.model is None:
+        if len(there) == 2 and model is None:
             raise Failed(f"{' and '.join(there)} are there already; they stay as they are")
         if not config.exists():
-            write_new(config, _config(options.models_dir))
-            say(f"wrote {config}")
+            write_new(config, _config(models_dir))
+            out(f"wrote {config}")
         if not cookbook.exists():
             write_new(cookbook, _COOKBOOK)
-            say(f"wrote {cookbook}")
+            out(f"wrote {cookbook}")
     except (Failed, ConfigError, WeightsError) as error:
         return fail(error)
-    if options.model is not None and (code := add(options)):
+    if model is not None and (code := add(model, cookbook, wishes)):
         return code
-    say(f"now: llamesh --config {config} --cookbook {cookbook}")
-    return 0
+    out(f"now: llamesh --config {config} --cookbook {cookbook}")
+    return exit_codes.OK
 
 
 def _config(models_dir: Path | None) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import re
@@ -10,6 +9,14 @@ import tempfile
 from dataclasses import replace
 from pathlib import Path
 
+import click
+
+from llamesh.commands import exit_codes
+from llamesh.commands.saying import fail, out
+from llamesh.commands.shared.failed import Failed
+from llamesh.commands.shared.named import MODEL_WORDS, Named, Wishes, read_model, wishes_options
+from llamesh.commands.shared.options import Files, files_options
+from llamesh.commands.shared.options import command as make
 from llamesh.config.arguments import read_arguments
 from llamesh.config.cookbook import Cookbook, HubFile, ModelPath, UrlFile, parse_cookbook
 from llamesh.config.model_names import split_repo
@@ -19,7 +26,6 @@ from llamesh.core.model_files import NoSuchModel, choose
 from llamesh.local.weights import WeightsError, find_cache
 from llamesh.local.weights.hub import list_repo
 from llamesh.local.weights.progress import in_words
-from llamesh.model_commands.common import Failed, Named, cookbook_path, fail, read_model, say
 
 # A list in a flow (`models: [...]`) holds nothing that could be kept apart from it; only an empty one is met.
 _EMPTY_LIST = re.compile(r"^models:[ \t]*(\[[ \t]*\]|null|~)?[ \t]*(#[^\n]*)?$", re.MULTILINE)
@@ -28,17 +34,30 @@ _PLAIN = re.compile(r"[A-Za-z_][\w./+@-]*(:[\w.-]+)?")
 _NOT_TEXT = frozenset({"true", "false", "null", "yes", "no", "on", "off", "y", "n"})
 
 
-def add(options: argparse.Namespace) -> int:
-    """Do it; the exit code."""
+@make(
+    ("llamesh add ggml-org/gemma-3-1b-it-GGUF:Q4_K_M", "from the hub, fetched when it is first asked for"),
+    ("llamesh add ~/models/qwen3.gguf --name qwen3 --args='-c 16384'", "a file"),
+    epilog=f"MODEL is {MODEL_WORDS}.",
+)
+@click.argument("model", metavar="MODEL")
+@wishes_options
+@files_options(cookbook=True)
+def command(model: str, wishes: Wishes, files: Files) -> int:
+    """Add MODEL to the cookbook; what stands there stays as it is."""
+    return add(model, files.cookbook, wishes)
+
+
+def add(model: str, path: Path, wishes: Wishes) -> int:
+    """Do it to the cookbook at `path`; the exit code."""
     try:
-        named = read_model(options.model, file=options.file, sha256=options.sha256)
-        name = options.name or named.name
-        words = "" if options.no_check else _check(named)
-        add_to(cookbook_path(options), name, named, options.args or "")
+        named = read_model(model, file=wishes.file, sha256=wishes.sha256)
+        name = wishes.name or named.name
+        words = _check(named) if wishes.check else ""
+        add_to(path, name, named, wishes.args)
     except (Failed, ConfigError, WeightsError) as error:
         return fail(error)
-    say(f"{name} is in {cookbook_path(options)}{words}")
-    return 0
+    out(f"{name} is in {path}{words}")
+    return exit_codes.OK
 
 
 def add_to(path: Path, name: str, named: Named, arguments: str) -> None:

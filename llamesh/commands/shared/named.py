@@ -1,51 +1,56 @@
-"""What the commands share: words on the terminal, and the files of a node."""
+"""A model as somebody names it on the command line: on the hub, at an address, or a file."""
 
 from __future__ import annotations
 
-import argparse
 import os
 import re
-import sys
 from dataclasses import dataclass
+from functools import wraps
 from pathlib import Path
+from typing import Any
 
-from llamesh.config.check import load_files
-from llamesh.config.cookbook import Cookbook, HubFile, ModelPath, Source, UrlFile
+import click
+
+from llamesh.commands.shared.failed import Failed
+from llamesh.config.cookbook import HubFile, ModelPath, Source, UrlFile
 from llamesh.config.model_names import BadName, check_file, check_sha256, check_url, file_of_url, split_repo
-from llamesh.config.settings import Settings
 from llamesh.core.model_files import later_part, part_names
 
-
-class Failed(Exception):
-    """The command can't be done; the message says why, and what to do."""
+MODEL_WORDS = "OWNER/NAME[:QUANTISATION] on the hub, the path of a GGUF file, or an https address"
 
 
-def say(words: str) -> None:
-    """To the one who called the command."""
-    sys.stdout.write(f"{words}\n")
+@dataclass(frozen=True, slots=True)
+class Wishes:
+    """What the options say of a new model. name: what clients ask for; file: of the repository; check: ask
+    the hub whether it is there.
+    """
+
+    name: str | None = None
+    file: str | None = None
+    sha256: str | None = None
+    args: str = ""
+    check: bool = True
 
 
-def fail(reason: object) -> int:
-    """Say why not; the exit code."""
-    sys.stderr.write(f"llamesh: {reason}\n")
-    return 1
+def wishes_options(function: Any) -> Any:
+    """The options of a new model; the function gets `wishes`."""
 
+    @wraps(function)
+    def called(**given: Any) -> Any:
+        taken = {name: given.pop(name) for name in ("name", "file", "sha256")}
+        wishes = Wishes(**taken, args=given.pop("args") or "", check=not given.pop("no_check"))
+        return function(**given, wishes=wishes)
 
-def cookbook_path(options: argparse.Namespace) -> Path:
-    """Of the cookbook that is meant."""
-    return Path(options.cookbook)
-
-
-def read_files(options: argparse.Namespace) -> tuple[Settings, Cookbook]:
-    """Configuration and cookbook, as a node would read them. Raises ConfigError."""
-    return load_files(
-        options.config or Path("config.yaml"),
-        cookbook_path(options),
-        options.secrets or Path("secrets.yaml"),
-        os.environ,
-        config_required=options.config is not None,
-        secrets_required=options.secrets is not None,
-    )
+    decorated: Any = called
+    for option in (
+        click.option("--no-check", is_flag=True, help="don't ask the hub whether it is there"),
+        click.option("--args", metavar="FLAGS", help="llama_server_args, in one word: --args='-c 8192'"),
+        click.option("--sha256", metavar="HEX", help="of the file at an address; needed there"),
+        click.option("--file", metavar="NAME", help="the file of the repository, instead of a quantisation"),
+        click.option("--name", help="what clients ask for (default: from the name of the model)"),
+    ):
+        decorated = option(decorated)
+    return decorated
 
 
 @dataclass(frozen=True, slots=True)

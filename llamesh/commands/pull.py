@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
-import argparse
 import os
 import shutil
 import signal
 import sys
 
+import click
 import trio
 
+from llamesh.commands import exit_codes
+from llamesh.commands.saying import fail, out
+from llamesh.commands.shared.completing import complete_models
+from llamesh.commands.shared.failed import Failed
+from llamesh.commands.shared.options import Files, files_options
+from llamesh.commands.shared.options import command as make
 from llamesh.config.cookbook import Cookbook, HubFile
 from llamesh.config.model_names import BadName, split_repo
 from llamesh.config.problems import ConfigError
@@ -19,26 +25,34 @@ from llamesh.local.weights.budget import make_room
 from llamesh.local.weights.fetch import Fetcher
 from llamesh.local.weights.progress import Progress, in_words
 from llamesh.local.weights.wanted import Wanted, wanted_of
-from llamesh.model_commands.common import Failed, fail, read_files, say
 
 _BAR_SECONDS = 0.25
 _LINE_SECONDS = 5.0
 
 
-def pull(options: argparse.Namespace) -> int:
-    """Do it; the exit code: 1 when one of several failed, 130 after Ctrl-C."""
+@make(
+    ("llamesh pull", "all that the cookbook names"),
+    ("llamesh pull ggml-org/gemma-3-1b-it-GGUF:Q4_K_M", "this one"),
+)
+@click.argument("models", nargs=-1, metavar="[MODEL]...", shell_complete=complete_models)
+@files_options(cookbook=True)
+def command(models: tuple[str, ...], files: Files) -> int:
+    """Fetch the weights of MODELs now: OWNER/NAME[:QUANTISATION], or models of the cookbook, all without one.
+
+    Ctrl-C stops it; the next time goes on from there.
+    """
     try:
-        settings, cookbook = read_files(options)
-        wishes = [wish for model in options.models for wish in find(cookbook, model)]
+        settings, cookbook = files.read()
+        wishes = [wish for model in models for wish in find(cookbook, model)]
     except (ConfigError, Failed) as error:
         return fail(error)
-    if not options.models:
+    if not models:
         found = (wanted_of(profile) for profile in cookbook.profiles)
         wishes = [wanted for wanted in found if wanted is not None]
     wishes = list(dict.fromkeys(wishes))
     if not wishes:
-        say("nothing to fetch: no model of the cookbook comes from a hub or an address")
-        return 0
+        out("nothing to fetch: no model of the cookbook comes from a hub or an address")
+        return exit_codes.OK
     return trio.run(_fetch_until_told, settings, wishes)
 
 
@@ -104,7 +118,7 @@ async def _fetch_all(settings: Settings, wishes: list[Wanted]) -> int:
             code = fail(problem)
             continue
         size = sum(file.size for file in record.files)
-        say(f"{wanted.name}: {in_words(size)}, {record.parts[0].path}")
+        out(f"{wanted.name}: {in_words(size)}, {record.parts[0].path}")
     return code
 
 
