@@ -39,7 +39,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "cluster": _TOP | {"peer_weights"},
     "node": _TOP | {"cluster", "service"},
     "command": {"config"},
-    "commands": {"config", "core", "errors", "mesh", "net", "telemetry"},
+    "commands": _MIDDLE | {"command"},
     "model_commands": _LOWER | {"local", "command"},
     "__main__": _TOP | {"node", "command", "commands", "model_commands"},
 }
