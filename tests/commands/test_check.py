@@ -31,7 +31,8 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     engine.parent.mkdir(parents=True)
     help_ = "\n".join(f"{flag} X" for flag in FLAGS.split())
     engine.write_text(
-        f'#!/bin/sh\ncase "$1" in\n--help) cat <<END\n{help_}\nEND\n;;\n--version) echo "version: 7 (abc)";;\n'
+        f'#!/bin/sh\ncase "$1" in\n--help) cat <<END\n{help_}\nEND\n;;\n'
+        f'--version) echo "version: 7 (abc)";;\n'
         f"*) touch {tmp_path}/started;;\nesac\n"
     )
     engine.chmod(0o755)
@@ -94,7 +95,9 @@ def test_the_same_in_words(tmp_path: Path) -> None:
 def test_a_context_that_has_to_be_smaller(tmp_path: Path) -> None:
     write_tiny_model(tmp_path / "long.gguf", context=1_048_576)
     write("config.yaml", {"max_sysmem_mb": 120, "max_vram_mb": 0})
-    cookbook(long={"model_path": "long.gguf"}, all={"model_path": "long.gguf", "llama_server_args": "-c 2000000"})
+    cookbook(
+        long={"model_path": "long.gguf"}, all={"model_path": "long.gguf", "llama_server_args": "-c 2000000"}
+    )
     document = plan()
     long, all_ = document["profiles"]
     assert long["context"]["reduced"]

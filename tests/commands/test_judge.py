@@ -101,7 +101,10 @@ def test_settings_to_warn_of(document: dict[str, Any], said: str) -> None:
     ("profiles", "said"),
     [
         ([profile("a", "default", "--port", "8080")], "the port of listen_addr"),
-        ([profile("a", "default", "--port", "9"), profile("b", "default", "--port", "9")], "a:default, b:def"),
+        (
+            [profile("a", "default", "--port", "9"), profile("b", "default", "--port", "9")],
+            "a:default, b:def",
+        ),
         ([profile("a", "default", "--port", "9", max_instances=2)], "allows one instance, not 2"),
         ([profile("a", "long")], "ask for a:long"),
         ([profile("a", min_instances=2)], "above model_defaults.max_instances_per_model (1)"),

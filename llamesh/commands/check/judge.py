@@ -112,8 +112,8 @@ def _open_doors(settings: Settings) -> Iterator[str]:
     where = origin.file if origin.line is None else f"{origin.file}:{origin.line}"
     if not listen.is_loopback and not settings.auth.enabled:
         yield (
-            f"{where}: listen_addr {listen} is open to the network and auth.enabled is false: whoever reaches "
-            "it can use the models; set auth.enabled and auth.allowed_keys"
+            f"{where}: listen_addr {listen} is open to the network and auth.enabled is false: whoever "
+            "reaches it can use the models; set auth.enabled and auth.allowed_keys"
         )
     if not listen.is_loopback and settings.auth.enabled and not settings.server_tls.enabled:
         yield (
