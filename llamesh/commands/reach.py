@@ -48,7 +48,7 @@ async def _reach(
     outcomes: dict[Address, Outcome] = {}
 
     async def look(address: Address) -> None:
-        outcomes[address] = await _look(address, identity, check)
+        outcomes[address] = await say_hello(address, identity, check)
 
     async with trio.open_nursery() as nursery:
         for address in addresses:
@@ -56,7 +56,8 @@ async def _reach(
     return tuple(outcomes[address] for address in addresses)
 
 
-async def _look(address: Address, identity: Identity, check: Callable[[Claim], None]) -> Outcome:
+async def say_hello(address: Address, identity: Identity, check: Callable[[Claim], None]) -> Outcome:
+    """Dial one address, say hello, and hang up."""
     believed: list[Claim] = []
 
     def remember(claim: Claim) -> None:

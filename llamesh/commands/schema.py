@@ -10,7 +10,6 @@ import click
 
 from llamesh.commands.exit_codes import FAILED, OK
 from llamesh.commands.saying import aside, out
-from llamesh.config.json_schema import Name, json_schema
 
 
 @click.command(
@@ -29,6 +28,8 @@ def command(context: click.Context, file: str, output: Path | None, as_json: boo
     """Print the JSON Schema (draft 2020-12) of config.yaml, cookbook.yaml or secrets.yaml. Editors with the
     YAML language server complete and check by it, and show what each key means.
     """
+    from llamesh.config.json_schema import Name, json_schema
+
     text = json.dumps(json_schema(cast(Name, file)), indent=1)
     if output is None:
         out(text)

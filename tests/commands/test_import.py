@@ -311,30 +311,11 @@ _NAMES = st.one_of(
 _WORDS = st.one_of(
     _TEXT,
     st.sampled_from(
-        [
-            "-m",
-            "--model",
-            "/x y.gguf",
-            "-hf",
-            "a/b:Q4",
-            "-hff",
-            "--port",
-            "${PORT}",
-            "--host",
-            "--api-key",
-            "k,l",
-        ]
-        + [
-            "--embedding",
-            "-c",
-            "4096",
-            "--alias",
-            "${MODEL_ID}",
-            "${a}",
-            "--sleep-idle-seconds",
-            "9",
-            "--model=x",
-        ]
+        (
+            *("-m", "--model", "/x y.gguf", "-hf", "a/b:Q4", "-hff", "--port", "${PORT}", "--host"),
+            *("--api-key", "k,l", "--embedding", "-c", "4096", "--alias", "${MODEL_ID}", "${a}"),
+            *("--sleep-idle-seconds", "9", "--model=x"),
+        )
     ),
 )
 _COMMANDS = st.lists(_WORDS, max_size=8).map(lambda words: " ".join(["llama-server", "-m x", *words]))
