@@ -72,10 +72,19 @@ class Context:
         )
 
 
-async def find_weights(profile: Profile, cache: Cache) -> tuple[Profile, Weights]:
-    """The profile with its weights where they are here, and what is known of them. Bounded."""
-    with trio.move_on_after(_FILE_SECONDS):
-        return await trio.to_thread.run_sync(_find_weights, profile, cache, abandon_on_cancel=True)
+async def find_weights(
+    profile: Profile,
+    cache: Cache,
+    seconds: float = _FILE_SECONDS,
+    limiter: trio.CapacityLimiter | None = None,
+) -> tuple[Profile, Weights]:
+    """The profile with its weights where they are here, and what is known of them; for `seconds` at most, in
+    a thread of `limiter`.
+    """
+    with trio.move_on_after(seconds):
+        return await trio.to_thread.run_sync(
+            _find_weights, profile, cache, abandon_on_cancel=True, limiter=limiter
+        )
     name = _source_name(profile)
     return profile, Weights("unreadable", name, problem=f"{name} doesn't answer: is its disk away?")
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import trio
 
-from llamesh.commands.doctor.files import look_at_files
+from llamesh.commands.doctor.files import look_at_files, look_at_weights
 from llamesh.commands.doctor.finding import Finding, Patient, bad, warn
 from llamesh.commands.doctor.machine import (
     look_at_clock,
@@ -33,6 +33,7 @@ _ENGINE_SECONDS = 8.0
 
 SECTIONS: dict[str, tuple[Look, float]] = {
     "files": (look_at_files, SECONDS),
+    "weights": (look_at_weights, SECONDS),
     "ports": (look_at_ports, SECONDS),
     "multicast": (look_at_multicast, SECONDS),
     "gpu": (look_at_gpus, SECONDS),

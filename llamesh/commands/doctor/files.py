@@ -1,4 +1,4 @@
-"""The doctor's look at files: configuration, keys, weights, room on the disk. Blocking."""
+"""The doctor's look at files: configuration, keys, room on the disk, weights."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ import trio
 
 from llamesh.commands.check.look import find_weights
 from llamesh.commands.doctor.finding import Finding, Patient, bad, ok, warn
+from llamesh.config.cookbook import Profile
 from llamesh.config.settings import Settings
 from llamesh.local.weights import find_cache
 from llamesh.mesh.key_files import IdentityError, check_directory, read_private
@@ -26,11 +27,13 @@ _SOME = 10 * _GIB
 # Nobody reads more mistakes at a time.
 _MOST = 20
 
+_LOOK_SECONDS = 2.0
+_LOOKS_AT_ONCE = 20
+
 
 async def look_at_files(patient: Patient) -> list[Finding]:
-    """Configuration, keys, weights and the disk."""
-    found = await trio.to_thread.run_sync(_blocking, patient, abandon_on_cancel=True)
-    return [*found, *await _weights(patient)]
+    """Configuration, keys and the disk."""
+    return await trio.to_thread.run_sync(_blocking, patient, abandon_on_cancel=True)
 
 
 def _blocking(patient: Patient) -> list[Finding]:
@@ -145,20 +148,30 @@ def _room(folder: Path, use: str, wanted: bool) -> Finding:
     return warn(text, remedy) if wanted and free < _SOME else ok(text)
 
 
-async def _weights(patient: Patient) -> list[Finding]:
+async def look_at_weights(patient: Patient) -> list[Finding]:
+    """The model files that profiles name."""
     if patient.settings is None or patient.cookbook is None:
         return []
     cache, here = find_cache(patient.environ), Counter[str]()
-    found: list[Finding] = []
     # In a mesh, another node may have the file.
     say = warn if patient.settings.cluster.enabled else bad
-    for profile in patient.cookbook.profiles:
-        _, weights = await find_weights(profile, cache)
+    # Of their own: threads that hang at a disk that is away mustn't be missing elsewhere.
+    threads = trio.CapacityLimiter(_LOOKS_AT_ONCE)
+    problems: dict[str, str] = {}
+
+    async def look(profile: Profile) -> None:
+        _, weights = await find_weights(profile, cache, _LOOK_SECONDS, threads)
         here[weights.state] += 1
-        if weights.problem:
-            found.append(
-                say(f"{profile.key}: {weights.problem}", "correct model_path, or bring the file there")
-            )
+        problems[profile.key] = weights.problem
+
+    async with trio.open_nursery() as nursery:
+        for profile in patient.cookbook.profiles:
+            nursery.start_soon(look, profile)
+    found = [
+        say(f"{profile.key}: {problem}", "correct model_path, or bring the file there")
+        for profile in patient.cookbook.profiles
+        if (problem := problems[profile.key])
+    ]
     if here["here"]:
         found.append(ok(f"the weights of {here['here']} profiles are here"))
     if later := here["download"] + here["engine"]:

@@ -15,7 +15,7 @@ from typing import Any
 import trio
 
 from llamesh.commands.doctor.finding import Finding, Patient, bad, ok, warn
-from llamesh.commands.reach import explain, say_hello
+from llamesh.commands.reach import connect, explain, say_hello
 from llamesh.config.settings import Settings
 from llamesh.config.values import Address
 from llamesh.mesh.identity import Identity, load_identity
@@ -166,11 +166,10 @@ async def _peer(address: Address, own: tuple[Identity, KnownPeers] | None) -> Fi
 
 async def _port(address: Address) -> Finding:
     try:
-        stream = await trio.open_tcp_stream(address.host, address.port)
+        sock = await connect(address)
     except OSError as error:
-        reason = error.__cause__ if isinstance(error.__cause__, OSError) else error
-        return bad(f"{address}: {explain(reason, address)}")
-    await stream.aclose()
+        return bad(f"{address}: {explain(error, address)}")
+    sock.close()
     return ok(f"{address}: something listens there; this node has no key and token yet to ask who")
 
 
