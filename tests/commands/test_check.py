@@ -10,11 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import trio
 
 from llamesh.commands.check import command
 from llamesh.commands.check.look import learned_values
 from llamesh.config.settings import Settings
 from tests.commands.cli import run
+from tests.support.node import running_node
 from tests.support.tiny_model import write_tiny_model
 
 FLAGS = "--model --ctx-size --fit --alias --host --port --parallel --embedding --device --hf-token"
@@ -78,6 +80,26 @@ def test_a_model_that_is_here(tmp_path: Path) -> None:
     assert words[-2:] == ["--port", "PORT"]
     assert document["warnings"] == []
     assert "s3cret" not in json.dumps(document)
+
+
+async def test_a_node_starts_just_that(tmp_path: Path) -> None:
+    """The command line that is shown is the one that the node then runs."""
+    Path("llama.cpp/bin/llama-server").unlink()  # with the embedded engine
+    write_tiny_model(tmp_path / "tiny.gguf", context=1024)
+    arguments = "--parallel 2 --api-key s3cret --chat-template-kwargs '{\"a b\": 1}'"
+    profile = {"id": "default", "model_path": "tiny.gguf", "llama_server_args": arguments}
+    recipes = {"models": [{"name": "tiny", "profiles": [profile]}]}
+    async with running_node(tmp_path, recipes) as node:
+        reply = await node.client.post(
+            "/v1/completions", json={"model": "tiny", "prompt": "x", "max_tokens": 1}
+        )
+        assert reply.status_code == 200
+        [child] = [one for one in node.children() if "llamesh.local.engine" in " ".join(one.cmdline())]
+        started = child.cmdline()
+        assert "s3cret" not in started
+        shown = (await trio.to_thread.run_sync(plan, "--config", "config.yaml"))["profiles"][0]["command"]
+    assert shown[0] == "LLAMA_API_KEY=***"
+    assert [*shown[1:-1], started[-1]] == started
 
 
 def test_the_same_in_words(tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ import json
 import os
 import sys
 from dataclasses import asdict
+from pathlib import PurePath
 
 import trio
 
@@ -96,7 +97,8 @@ def _row(planned: Planned) -> tuple[str, ...]:
     return (
         planned.profile.public_name,
         planned.profile.kind,
-        where.get(weights.state, weights.name),
+        # The command line has the whole path.
+        where.get(weights.state, PurePath(weights.name).name or weights.name),
         "-" if weights.size is None else in_words(weights.size),
         used,
         "-" if size is None else str(size.need.vram),

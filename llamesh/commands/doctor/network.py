@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import socket
 import struct
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ import trio
 
 from llamesh.commands.doctor.finding import Finding, Patient, bad, ok, warn
 from llamesh.commands.reach import connect, explain, say_hello
+from llamesh.config.peers import StaticPeer
 from llamesh.config.settings import Settings
 from llamesh.config.values import Address
 from llamesh.mesh.identity import Identity, load_identity
@@ -113,32 +114,35 @@ def _firewalls(settings: Settings, root: Path) -> Iterator[Finding]:
 
 
 async def look_at_peers(patient: Patient) -> list[Finding]:
-    """Each static peer: its name, its port, and the handshake; or what a running node knows of all."""
+    """Each static peer: its name, its port, and the handshake. A running node is asked whom it knows; then
+    the handshake is its own affair.
+    """
     settings = patient.settings
     if settings is None or not settings.cluster.enabled:
         return []
-    if patient.state:
-        return list(_from_state(patient.state))
-    peers = [peer.address for peer in settings.cluster.peers]
+    found = list(_from_state(patient.state)) if patient.state else []
+    if patient.runs and not patient.state:
+        found.append(warn("the running node doesn't tell its state without a key", "set LLAMESH_API_KEY"))
+    peers = settings.cluster.peers
     if not peers:
-        return [ok("cluster.peers names none: peers are found by discovery, or find this node")]
-    if patient.runs:
-        return [warn("the running node doesn't tell its state without a key", "set LLAMESH_API_KEY")]
-    try:
-        known = await trio.to_thread.run_sync(_own, settings, patient.environ)
-    except IdentityError as error:
-        return [bad(f"{error.path}: {error.problem}", error.remedy)]
-    found: dict[Address, Finding] = {}
+        return found or [ok("cluster.peers names none: peers are found by discovery, or find this node")]
+    own: tuple[Identity, KnownPeers] | None = None
+    if not patient.runs:
+        try:
+            own = await trio.to_thread.run_sync(_own, settings, patient.environ)
+        except IdentityError as error:
+            return [*found, bad(f"{error.path}: {error.problem}", error.remedy)]
+    answers: dict[StaticPeer, Finding] = {}
 
-    async def look(address: Address) -> None:
-        found[address] = await _peer(address, known)
+    async def look(peer: StaticPeer) -> None:
+        answers[peer] = await _peer(peer, own, runs=patient.runs)
 
     async with trio.open_nursery() as nursery:
-        for address in peers[:_MOST_PEERS]:
-            nursery.start_soon(look, address)
+        for peer in peers[:_MOST_PEERS]:
+            nursery.start_soon(look, peer)
     more = len(peers) - _MOST_PEERS
     left = [ok(f"{more} more peers weren't looked at")] if more > 0 else []
-    return [*(found[address] for address in peers[:_MOST_PEERS]), *left]
+    return [*found, *(answers[peer] for peer in peers[:_MOST_PEERS]), *left]
 
 
 def _own(settings: Settings, environ: Mapping[str, str]) -> tuple[Identity, KnownPeers] | None:
@@ -149,28 +153,31 @@ def _own(settings: Settings, environ: Mapping[str, str]) -> tuple[Identity, Know
     return load_identity(settings, environ), known_peers(settings)
 
 
-async def _peer(address: Address, own: tuple[Identity, KnownPeers] | None) -> Finding:
+async def _peer(peer: StaticPeer, own: tuple[Identity, KnownPeers] | None, *, runs: bool) -> Finding:
+    """One peer. `own`: the keys to greet it with, None to see only whether its port is open."""
+    address = peer.address
+    # It may be asleep, and rightly so.
+    say = bad if peer.wake_mac is None else warn
     with trio.move_on_after(PEER_SECONDS):
         if own is None:
-            return await _port(address)
+            return await _port(address, say, runs=runs)
         identity, known = own
         outcome = await say_hello(address, identity, lambda claim: known.check(claim, identity))
-        if outcome.claim is not None:
-            return ok(f"{address}: {outcome.words}")
-        return bad(f"{address}: {outcome.words}")
-    return bad(
+        return (say if outcome.claim is None else ok)(f"{address}: {outcome.words}")
+    return say(
         f"{address}: no answer within {PEER_SECONDS:g} s",
         f"is that machine on, and does a firewall there let port {address.port} through?",
     )
 
 
-async def _port(address: Address) -> Finding:
+async def _port(address: Address, say: Callable[[str], Finding], *, runs: bool) -> Finding:
     try:
         sock = await connect(address)
     except OSError as error:
-        return bad(f"{address}: {explain(error, address)}")
+        return say(f"{address}: {explain(error, address)}")
     sock.close()
-    return ok(f"{address}: something listens there; this node has no key and token yet to ask who")
+    who = "the running node knows who it is" if runs else "this node has no key and token yet to ask who"
+    return ok(f"{address}: its port is open; {who}")
 
 
 def _from_state(state: Mapping[str, Any]) -> Iterator[Finding]:

@@ -184,8 +184,25 @@ async def test_peers_of_nobody(tmp_path: Path) -> None:
     assert await look_at_peers(patient(tmp_path)) == []
     [none] = await look_at_peers(with_peers(tmp_path))
     assert none.level == "ok"
-    [locked] = await look_at_peers(replace(with_peers(tmp_path, Address("a", 1)), version="1"))
+    gone = Address("127.0.0.1", free_port())
+    [locked, peer] = await look_at_peers(replace(with_peers(tmp_path, gone), version="1"))
     assert (locked.level, locked.remedy) == ("warn", "set LLAMESH_API_KEY")
+    assert (peer.level, "connection refused" in peer.text) == ("bad", True)
+
+
+async def test_a_peer_that_may_be_asleep(tmp_path: Path) -> None:
+    entry = {"address": f"127.0.0.1:{free_port()}", "wake_mac": "aa:bb:cc:dd:ee:ff"}
+    [found] = await look_at_peers(patient(tmp_path, {"cluster": {"enabled": True, "peers": [entry]}}))
+    assert (found.level, "connection refused" in found.text) == ("warn", True)
+
+
+async def test_a_running_node_whose_peer_listens(tmp_path: Path) -> None:
+    with taken() as port:
+        ill = with_peers(tmp_path, Address("127.0.0.1", port))
+        state = {"nodes": [{"id": "me", "self": True}], "attention": []}
+        found = await look_at_peers(replace(ill, version="1", state=state))
+    assert [one.level for one in found] == ["ok", "ok"]
+    assert "its port is open" in found[1].text
 
 
 async def test_what_a_running_node_knows(tmp_path: Path) -> None:
