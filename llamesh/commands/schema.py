@@ -15,8 +15,8 @@ from llamesh.commands.saying import aside, out
 @click.command(
     name="schema",
     short_help="Print the JSON schema of a file, for editors.",
-    epilog="Example: llamesh schema cookbook --output cookbook.schema.json, and as the first line of "
-    "cookbook.yaml: # yaml-language-server: $schema=./cookbook.schema.json",
+    epilog="\b\nExample:\n  llamesh schema cookbook --output cookbook.schema.json\n"
+    "and as the first line of cookbook.yaml:\n  # yaml-language-server: $schema=./cookbook.schema.json",
 )
 @click.argument("file", type=click.Choice(["config", "cookbook", "secrets"]))
 @click.option(

@@ -16,7 +16,7 @@ from llamesh.commands.file_options import FilePaths, file_options, json_option
 @click.command(
     name="check",
     short_help="Check both files, and say what would start on this machine.",
-    epilog="Examples: llamesh check; llamesh --config site.yaml check --json | jq .errors",
+    epilog="\b\nExamples:\n  llamesh check\n  llamesh check --config site.yaml --json | jq .errors",
 )
 @file_options
 @click.option("--commands/--no-commands", default=True, help="Whether to print the command lines.")

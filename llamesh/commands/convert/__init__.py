@@ -18,8 +18,8 @@ _PATH = click.Path(path_type=Path)
 @click.command(
     name="import",
     short_help="Make a cookbook from llama-swap's YAML or a llama.cpp preset.",
-    epilog="Examples: llamesh import llama-swap.yaml > cookbook.yaml; llamesh import models.ini --output "
-    "cookbook.yaml",
+    epilog="\b\nExamples:\n  llamesh import llama-swap.yaml > cookbook.yaml\n"
+    "  llamesh import models.ini --output cookbook.yaml --config-output config.yaml",
 )
 @click.argument("file", type=_PATH)
 @click.option("--from", "kind", type=click.Choice(["llama-swap", "llama.cpp"]), help="Instead of a guess.")

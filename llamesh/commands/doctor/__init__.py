@@ -15,7 +15,8 @@ from llamesh.commands.file_options import FilePaths, file_options, json_option
 @click.command(
     name="doctor",
     short_help="Say what is wrong on this machine, and what to do.",
-    epilog="Examples: llamesh doctor; llamesh doctor --json | jq '.findings[] | select(.level == \"bad\")'",
+    epilog="\b\nExamples:\n  llamesh doctor\n"
+    "  llamesh doctor --json | jq '.findings[] | select(.level == \"bad\")'",
 )
 @file_options
 @json_option

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import pwd
 import stat
 from collections import Counter
 from collections.abc import Iterator
@@ -62,7 +63,7 @@ def _readable_keys(settings: Settings, name: str) -> Iterator[Finding]:
     except (OSError, ValueError):  # it is a variable's name
         return
     # Of a hash, nobody can make the key.
-    if mode & 0o044 and any(not _text(key).startswith("sha256:") for key in keys):
+    if mode & 0o004 and any(not _text(key).startswith("sha256:") for key in keys):
         yield warn(f"others can read the keys in {path} (mode {mode:04o})", f"chmod 600 {path}")
 
 
@@ -85,6 +86,12 @@ def _keys(patient: Patient) -> Iterator[Finding]:
         if settings.cluster.enabled:
             yield ok(f"{store.directory} is made at the first start, with a key and a token")
         return
+    if (owner := other_owner(store.directory)) is not None:
+        yield warn(
+            f"{store.directory} belongs to {owner}, not to the user who runs this",
+            f"look as that user: sudo -u {owner} llamesh doctor",
+        )
+        return
     wrong = False
     secrets = (store.key_path, store.previous_key_path, store.token_path, store.previous_token_path)
     for path in (store.directory, *secrets):
@@ -98,6 +105,20 @@ def _keys(patient: Patient) -> Iterator[Finding]:
             yield bad(f"{error.path}: {error.problem}", error.remedy)
     if not wrong:
         yield ok(f"only this user can read the keys in {store.directory}")
+
+
+def other_owner(folder: Path) -> str | None:
+    """The user whose folder it is, None when it is ours: a service's own, mostly."""
+    try:
+        number = folder.stat().st_uid
+    except OSError:
+        return None
+    if number == os.geteuid():
+        return None
+    try:
+        return pwd.getpwuid(number).pw_name
+    except KeyError:
+        return f"#{number}"
 
 
 def _places(patient: Patient) -> Iterator[Finding]:

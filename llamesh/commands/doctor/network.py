@@ -14,6 +14,7 @@ from typing import Any
 
 import trio
 
+from llamesh.commands.doctor.files import other_owner
 from llamesh.commands.doctor.finding import Finding, Patient, bad, ok, warn
 from llamesh.commands.reach import connect, explain, say_hello
 from llamesh.config.peers import StaticPeer
@@ -146,8 +147,12 @@ async def look_at_peers(patient: Patient) -> list[Finding]:
 
 
 def _own(settings: Settings, environ: Mapping[str, str]) -> tuple[Identity, KnownPeers] | None:
-    """This node's keys, None where there are none yet: they aren't made for a look."""
+    """This node's keys; None where there are none yet, since they aren't made for a look, and where they are
+    another user's, which the section on files tells.
+    """
     store = KeyStore(settings, environ)
+    if other_owner(store.directory) is not None:
+        return None
     if store.existing_token() is None or not (store.key_from_environment or store.key_path.exists()):
         return None
     return load_identity(settings, environ), known_peers(settings)
@@ -176,7 +181,7 @@ async def _port(address: Address, say: Callable[[str], Finding], *, runs: bool) 
     except OSError as error:
         return say(f"{address}: {explain(error, address)}")
     sock.close()
-    who = "the running node knows who it is" if runs else "this node has no key and token yet to ask who"
+    who = "the running node knows who it is" if runs else "no key of this node is at hand to ask who"
     return ok(f"{address}: its port is open; {who}")
 
 

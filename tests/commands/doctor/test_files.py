@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 from collections import namedtuple
 from dataclasses import replace
@@ -124,6 +125,15 @@ async def test_keys_that_others_can_read(tmp_path: Path) -> None:
     assert SECRET not in said(found)
 
 
+async def test_keys_of_another_user(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "keys").mkdir(mode=0o700)
+    me = os.geteuid()
+    monkeypatch.setattr(os, "geteuid", lambda: me + 1)
+    [found] = [one for one in await look_at_files(patient(tmp_path)) if one.level != "ok"]
+    assert (found.level, "sudo -u" in found.remedy) == ("warn", True)
+    assert "chown" not in found.remedy
+
+
 async def test_keys_of_the_api_in_a_file_for_everybody(tmp_path: Path) -> None:
     ill = patient(tmp_path, {"auth": {"enabled": True, "allowed_keys": [SECRET]}})
     config = tmp_path / "config.yaml"
@@ -131,7 +141,7 @@ async def test_keys_of_the_api_in_a_file_for_everybody(tmp_path: Path) -> None:
     found = [one for one in await look_at_files(ill) if one.level == "warn"]
     assert [one.remedy for one in found] == [f"chmod 600 {config}"]
     assert SECRET not in said(found)
-    config.chmod(0o600)
+    config.chmod(0o640)  # the group of a service may read it
     assert await levels(ill) == {"ok"}
     hashed = patient(tmp_path, {"auth": {"enabled": True, "allowed_keys": ["sha256:" + "0" * 64]}})
     config.chmod(0o644)

@@ -166,7 +166,7 @@ async def test_no_keys_are_made_for_a_look(tmp_path: Path) -> None:
         gone = Address("127.0.0.1", free_port())
         found = await look_at_peers(with_peers(tmp_path, Address("127.0.0.1", port), gone))
     assert [one.level for one in found] == ["ok", "bad"]
-    assert "no key and token yet" in found[0].text
+    assert "no key of this node is at hand" in found[0].text
     assert "connection refused" in found[1].text
     assert not (tmp_path / "keys").exists()
 
