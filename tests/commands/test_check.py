@@ -15,6 +15,9 @@ import trio
 from llamesh.commands.check import command
 from llamesh.commands.check.look import learned_values
 from llamesh.config.settings import Settings
+from llamesh.core.readings import Device
+from llamesh.local import memory
+from llamesh.local.sensors import Sensors
 from tests.commands.cli import run
 from tests.support.node import running_node
 from tests.support.tiny_model import write_tiny_model
@@ -194,6 +197,35 @@ def test_an_engine_that_is_not_there_and_flags_that_it_lacks(tmp_path: Path) -> 
     assert document["engine"] is None
     assert "does not exist" in document["errors"][0]
     assert document["profiles"][0]["verdict"] == "fits"
+
+
+class Gpu:
+    """A sensor of one GPU with 24 GiB, 2 of them in use."""
+
+    problem = None
+
+    def read(self, trees: Any, now: float) -> tuple[Device, ...]:
+        return (Device(0, "GPU-a", "Fake", "nvidia", total_bytes=24 << 30, used_bytes=2 << 30),)
+
+    def close(self) -> None:
+        pass
+
+
+def test_room_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(memory, "Sensors", lambda: Sensors(gpus=[Gpu()]))
+    big, small = (
+        {"hf_repo": "a/b", "estimated_vram_mb": 20_000},
+        {"hf_repo": "a/b", "estimated_vram_mb": 1000},
+    )
+    cookbook(one=big, two=big, three=small, four={**small, "estimated_vram_mb": 30_000})
+    document = plan()
+    assert document["budget"]["vram_mb"] == 22_118  # 24 GiB less a tenth
+    assert document["budget"]["vram_now_mb"] < 22_118
+    found = {one["name"]: one["verdict"] for one in document["profiles"]}
+    assert found == {"one": "eviction", "two": "eviction", "three": "eviction", "four": "never"}
+    assert "22118 MiB may be used here (max_vram_mb)" in document["errors"][0]
+    cookbook(one=big, three=small)
+    assert [one["verdict"] for one in plan()["profiles"]] == ["fits", "fits"]
 
 
 def test_arguments_that_put_the_child_out_of_reach(tmp_path: Path) -> None:
