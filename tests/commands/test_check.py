@@ -199,6 +199,17 @@ def test_an_engine_that_is_not_there_and_flags_that_it_lacks(tmp_path: Path) -> 
     assert document["profiles"][0]["verdict"] == "fits"
 
 
+def test_flags_that_the_embedded_engine_refuses() -> None:
+    Path("llama.cpp/bin/llama-server").unlink()
+    cookbook(hub={"llama_server_args": "-hf a/b --override_kv x=y"})
+    document = plan()
+    assert [error.partition(": ")[2].partition(":")[0] for error in document["errors"]] == [
+        "-hf",
+        "--override-kv",
+    ]
+    assert "fetch the file and name it with model_path" in document["errors"][0]
+
+
 class Gpu:
     """A sensor of one GPU with 24 GiB, 2 of them in use."""
 

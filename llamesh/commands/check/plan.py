@@ -23,6 +23,7 @@ from llamesh.config.cookbook import Profile
 from llamesh.config.settings import Settings
 from llamesh.config.store import Files, Store
 from llamesh.core.capacity import Budget
+from llamesh.local.engine.refused import REFUSED
 from llamesh.local.launch import BadArguments, Engine, EngineNotFound, find_engine
 from llamesh.local.memory import Memory
 from llamesh.local.sizing import Size
@@ -228,7 +229,17 @@ def _remarks(planned: Planned, engine: Engine | None) -> tuple[list[str], list[s
         )
     for flag in _unknown_flags(planned.profile, engine):
         remarks.append(f"{key}: {flag} isn't among the flags that this engine lists")
+    if engine is not None and engine.origin == "embedded":
+        complaints += [
+            f"{key} can't start here: {flag}: {why}" for flag, why in _refused_flags(planned.profile)
+        ]
     return complaints, remarks
+
+
+def _refused_flags(profile: Profile) -> list[tuple[str, str]]:
+    """The flags that the embedded engine can't serve, and what to do instead."""
+    words = [word.replace("_", "-") if word.startswith("--") else word for word in profile.arguments]
+    return [(word, REFUSED[word]) for word in dict.fromkeys(words) if word in REFUSED]
 
 
 def _unknown_flags(profile: Profile, engine: Engine | None) -> list[str]:

@@ -10,7 +10,7 @@ from typing import Any
 from llamesh.commands.convert.recipe import Converted, Recipe
 
 _WIDTH = 100
-_PLAIN = re.compile(r"[A-Za-z][A-Za-z0-9_./+-]*")
+_PLAIN = re.compile(r"[A-Za-z/][A-Za-z0-9_./+-]*")
 _PLAIN_ARGUMENTS = re.compile(r"--?[A-Za-z][A-Za-z0-9_./=,+ -]*")
 # What YAML of some version takes for something else than text.
 _WORDS = frozenset({"true", "false", "yes", "no", "on", "off", "y", "n", "null", "nan", "inf"})
