@@ -146,7 +146,7 @@ async def make_plan(files: Files, environ: Mapping[str, str]) -> Plan:
     planned = [one for one in looked if one is not None]
     budget = memory.budget()
     verdicts = judge([_candidate(one) for one in planned], replace(budget, vram_now=None, sysmem_now=None))
-    planned = [replace(one, judgement=_verdict(one, verdicts[one.profile.key])) for one in planned]
+    planned = [replace(one, judgement=_verdict(one, verdicts[one.profile.key], engine)) for one in planned]
     for one in planned:
         complaints, remarks = _remarks(one, engine)
         # In a mesh, another node may have the file, or the room.
@@ -199,7 +199,7 @@ def _candidate(planned: Planned) -> Candidate:
     return Candidate(planned.profile, size.need, size.cpu_only, size.too_large)
 
 
-def _verdict(planned: Planned, judgement: Judgement) -> Judgement:
+def _verdict(planned: Planned, judgement: Judgement, engine: Engine | None) -> Judgement:
     weights = planned.weights
     if judgement.verdict == "listed":
         return judgement
@@ -207,6 +207,9 @@ def _verdict(planned: Planned, judgement: Judgement) -> Judgement:
         return Judgement("never", planned.problem)
     if weights.state in _BROKEN:
         return Judgement("missing", weights.problem)
+    if engine is not None and engine.origin == "embedded":
+        for flag, why in _refused_flags(planned.profile):
+            return Judgement("never", f"the engine refuses {flag}: {why}")
     if weights.state == "download" and planned.size is None:
         return Judgement("download", "fetched at its first start; its size is known then")
     return judgement
@@ -229,10 +232,6 @@ def _remarks(planned: Planned, engine: Engine | None) -> tuple[list[str], list[s
         )
     for flag in _unknown_flags(planned.profile, engine):
         remarks.append(f"{key}: {flag} isn't among the flags that this engine lists")
-    if engine is not None and engine.origin == "embedded":
-        complaints += [
-            f"{key} can't start here: {flag}: {why}" for flag, why in _refused_flags(planned.profile)
-        ]
     return complaints, remarks
 
 
