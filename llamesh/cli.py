@@ -47,8 +47,11 @@ SECTIONS: dict[str, dict[str, tuple[str, str]]] = {
         "key": ("llamesh.commands.key:command", "print this node's public key"),
     },
     "This machine": {
+        "check": ("llamesh.commands.check:command", "read both files, and say what would start here"),
+        "import": ("llamesh.commands.convert:command", "turn the files of another program into a cookbook"),
+        "schema": ("llamesh.commands.schema:command", "print what editors check the files with"),
         "build": ("llamesh.commands.build:command", "build llama.cpp, test it, and use it"),
-        "doctor": ("llamesh.commands.doctor:command", "say how it stands with the engine here"),
+        "doctor": ("llamesh.commands.doctor:command", "say what is wrong on this machine, and what to do"),
         "completion": ("llamesh.commands.completion:command", "have the shell complete commands and models"),
     },
 }

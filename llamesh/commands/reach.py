@@ -48,7 +48,7 @@ async def _reach(
     outcomes: dict[Address, Outcome] = {}
 
     async def look(address: Address) -> None:
-        outcomes[address] = await _look(address, identity, check)
+        outcomes[address] = await say_hello(address, identity, check)
 
     async with trio.open_nursery() as nursery:
         for address in addresses:
@@ -56,7 +56,8 @@ async def _reach(
     return tuple(outcomes[address] for address in addresses)
 
 
-async def _look(address: Address, identity: Identity, check: Callable[[Claim], None]) -> Outcome:
+async def say_hello(address: Address, identity: Identity, check: Callable[[Claim], None]) -> Outcome:
+    """Dial one address, say hello, and hang up."""
     believed: list[Claim] = []
 
     def remember(claim: Claim) -> None:
@@ -64,7 +65,7 @@ async def _look(address: Address, identity: Identity, check: Callable[[Claim], N
         believed.append(claim)
 
     try:
-        sock = await _connect(address)
+        sock = await connect(address)
         # Epoch 0 and no port: this is no node that began, only one that looks whether it could.
         hello = Hello(node_id=identity.node_id, purpose="send", version=__version__, epoch=0)
         transport = await dial(sock, identity, hello, remember)
@@ -86,7 +87,7 @@ async def _hang_up(transport: NoiseTransport) -> None:
         transport.close()
 
 
-async def _connect(address: Address) -> socket.socket:
+async def connect(address: Address) -> socket.socket:
     """A connected socket to the first address that takes one. Raises OSError, of the first one that fails."""
     with trio.move_on_after(STEP_SECONDS) as resolving:
         found = await trio.socket.getaddrinfo(address.host, address.port, type=socket.SOCK_STREAM)

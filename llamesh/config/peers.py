@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Annotated, Any
 
-from pydantic import PlainSerializer, PlainValidator
+from pydantic import PlainSerializer, PlainValidator, WithJsonSchema
 from pydantic_core import PydanticCustomError
 
 from llamesh.config.problems import Finding, nearest, shown
@@ -83,4 +83,33 @@ def _written(peer: StaticPeer) -> Any:
     return {"address": str(peer.address), **said} if said else str(peer.address)
 
 
-StaticPeerEntry = Annotated[StaticPeer, PlainValidator(_static_peer), PlainSerializer(_written)]
+_ADDRESS = {"type": "string", "pattern": r"^\s*(\[[0-9A-Fa-f:.]+\]|[^\s:\[\]]+):[0-9]{1,5}\s*$"}
+
+StaticPeerEntry = Annotated[
+    StaticPeer,
+    PlainValidator(_static_peer),
+    PlainSerializer(_written),
+    WithJsonSchema(
+        {
+            "anyOf": [
+                _ADDRESS,
+                {
+                    "type": "object",
+                    "properties": {
+                        "address": _ADDRESS | {"description": "host:port; a name or an address."},
+                        "wake_mac": {
+                            "type": ["string", "null"],
+                            "description": "Address of its network card (aa:bb:cc:dd:ee:ff), to wake it by.",
+                        },
+                        "node_id": {
+                            "type": ["string", "null"],
+                            "description": "The node that is expected there; empty: anybody.",
+                        },
+                    },
+                    "required": ["address"],
+                    "additionalProperties": False,
+                },
+            ]
+        }
+    ),
+]

@@ -19,6 +19,7 @@ from pydantic import (
     Field,
     PlainSerializer,
     PlainValidator,
+    WithJsonSchema,
     model_validator,
 )
 from pydantic_core import PydanticCustomError
@@ -201,9 +202,27 @@ Positive = Annotated[int, BeforeValidator(_whole), Field(ge=1, le=_LARGEST)]
 Port = Annotated[int, BeforeValidator(_whole), Field(ge=1, le=65535)]
 Seconds = Annotated[float, BeforeValidator(_number), Field(ge=0, le=_LARGEST, allow_inf_nan=False)]
 PositiveSeconds = Annotated[float, BeforeValidator(_number), Field(gt=0, le=_LARGEST, allow_inf_nan=False)]
-Text = Annotated[str, AfterValidator(_text)]
+Text = Annotated[str, AfterValidator(_text), WithJsonSchema({"type": "string", "minLength": 1})]
 Url = Annotated[str, AfterValidator(_text), AfterValidator(_url)]
-UserPath = Annotated[Path, PlainValidator(_path)]
-ListenAddress = Annotated[Address, PlainValidator(_address), PlainSerializer(str)]
-NodeId = Annotated[str, AfterValidator(node_id)]
-TextOrList = Annotated[tuple[Text, ...], BeforeValidator(listed)]
+UserPath = Annotated[Path, PlainValidator(_path), WithJsonSchema({"type": "string", "minLength": 1})]
+ListenAddress = Annotated[
+    Address,
+    PlainValidator(_address),
+    PlainSerializer(str),
+    WithJsonSchema({"type": "string", "pattern": r"^\s*(\[[0-9A-Fa-f:.]+\]|[^\s:\[\]]+):[0-9]{1,5}\s*$"}),
+]
+NodeId = Annotated[
+    str, AfterValidator(node_id), WithJsonSchema({"type": "string", "pattern": f"^{_NODE_ID.pattern}$"})
+]
+TextOrList = Annotated[
+    tuple[Text, ...],
+    BeforeValidator(listed),
+    WithJsonSchema(
+        {
+            "anyOf": [
+                {"type": "array", "minItems": 1, "items": {"type": "string", "minLength": 1}},
+                {"type": "string", "minLength": 1},
+            ]
+        }
+    ),
+]

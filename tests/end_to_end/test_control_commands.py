@@ -98,7 +98,7 @@ async def test_what_goes_wrong_is_told(tmp_path: Path) -> None:
             (["prewarm", "slo"], "knows no model 'slo'; did you mean slow?"),
             (["chat", "nobody", "hi"], "`llamesh status` shows which there are"),
             (["prewarm", "broken"], "its last words: error: no such"),
-            (["prewarm", "m", "--node", "nobody"], "there is no node 'nobody' in the mesh now"),
+            (["prewarm", "m", "--node", "nobody"], "there is no node 'nobody'"),
             (["cancel", "nothing"], "no request 'nothing' is under way"),
             (["why", "nothing"], "no node knows a request 'nothing'"),
             (["logs", "nobody"], "knows no model 'nobody'"),

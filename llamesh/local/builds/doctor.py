@@ -9,6 +9,7 @@ import os
 import shutil
 import sys
 from collections.abc import Mapping
+from dataclasses import dataclass
 
 import trio
 
@@ -20,7 +21,7 @@ from llamesh.local.builds.failure import BuildFailed
 from llamesh.local.builds.prebuilt import choose_pin
 from llamesh.local.builds.record import build_behind
 from llamesh.local.builds.tools import PACKAGES
-from llamesh.local.launch import Engine, EngineNotFound, child_environment, find_engine
+from llamesh.local.launch import ASK_SECONDS, Engine, EngineNotFound, child_environment, find_engine
 
 _FLAG = "--list-devices"
 
@@ -30,10 +31,12 @@ _ASK_SECONDS = 20.0
 _BETTER = {"nvidia": "cuda", "amd": "hip", "apple": "metal"}
 
 
-async def unused_gpus(engine: Engine, environ: Mapping[str, str]) -> tuple[str, ...]:
+async def unused_gpus(
+    engine: Engine, environ: Mapping[str, str], seconds: float = _ASK_SECONDS
+) -> tuple[str, ...]:
     """For each GPU that the engine can't use, a sentence with the command that mends it.
 
-    Nothing is said where the engine doesn't list its devices.
+    Nothing is said where the engine doesn't list its devices within `seconds`.
     """
     there = await trio.to_thread.run_sync(machine.look, environ)
     if not there.gpus:
@@ -44,7 +47,7 @@ async def unused_gpus(engine: Engine, environ: Mapping[str, str]) -> tuple[str, 
             return ()
         try:
             lines, answered = await ask(
-                [*engine.command, _FLAG], child_environment(environ, api_key=""), _ASK_SECONDS
+                [*engine.command, _FLAG], child_environment(environ, api_key=""), seconds
             )
         except OSError:
             return ()
@@ -82,34 +85,51 @@ def missing_tools(environ: Mapping[str, str]) -> tuple[str, ...]:
     )
 
 
-def doctor(settings: LlamaCpp, environ: Mapping[str, str]) -> int:
-    """Say how it stands with the engine, on stdout. The exit code."""
-    return trio.run(_doctor, settings, environ)
+@dataclass(frozen=True, slots=True)
+class Remark:
+    """One thing about the engine. `wrong`: it has to be mended."""
+
+    text: str
+    wrong: bool = False
 
 
-async def _doctor(settings: LlamaCpp, environ: Mapping[str, str]) -> int:
-    say = sys.stdout.write
+async def examine(
+    settings: LlamaCpp,
+    environ: Mapping[str, str],
+    *,
+    ask_seconds: float = ASK_SECONDS,
+    list_seconds: float = _ASK_SECONDS,
+) -> list[Remark]:
+    """How it stands with the engine. `ask_seconds`: for `--version` and `--help` each, `list_seconds`: for
+    `--list-devices`.
+    """
     there = await trio.to_thread.run_sync(machine.look, environ)
-    say(f"GPUs: {', '.join(sorted(there.gpus)) or 'none'}\n")
-    wrong = 0
+    remarks = [Remark(f"GPUs: {', '.join(sorted(there.gpus)) or 'none'}")]
     try:
-        engine = await find_engine(settings.binary_path, environ=environ, will_be_built=settings.enabled)
+        engine = await find_engine(
+            settings.binary_path, environ=environ, ask_seconds=ask_seconds, will_be_built=settings.enabled
+        )
     except EngineNotFound as error:
-        say(f"engine: {error}\n")
-        wrong += 1
+        remarks.append(Remark(f"engine: {error}", wrong=True))
     else:
-        say(f"engine: {engine.origin}, version {engine.version}, {engine.command[0]}\n")
+        remarks.append(Remark(f"engine: {engine.origin}, version {engine.version}, {engine.command[0]}"))
         behind = build_behind(settings.binary_path)
         if behind is not None:
-            say(f"  built from {behind[0].source}, commit {behind[0].commit[:12]}\n")
+            remarks.append(Remark(f"built from {behind[0].source}, commit {behind[0].commit[:12]}"))
         if engine.always:
-            say(f"  it mixes up conversations in its prompt cache: run with {' '.join(engine.always)}\n")
-        for sentence in await unused_gpus(engine, environ):
-            say(f"  {sentence}\n")
-            wrong += 1
+            words = f"it mixes up conversations in its prompt cache: run with {' '.join(engine.always)}"
+            remarks.append(Remark(words))
+        unused = await unused_gpus(engine, environ, list_seconds)
+        remarks += [Remark(sentence, wrong=True) for sentence in unused]
     choice = choose_backend(there)
-    missing = missing_tools(environ)
-    say(f"building: {choice.backend} is the best that can be built here\n")
-    for note in (*choice.notes, *missing):
-        say(f"  {note}\n")
-    return 1 if wrong or (missing and settings.enabled) else 0
+    remarks.append(Remark(f"building: {choice.backend} is the best that can be built here"))
+    remarks += [Remark(note) for note in choice.notes]
+    return remarks + [Remark(note, wrong=settings.enabled) for note in missing_tools(environ)]
+
+
+def doctor(settings: LlamaCpp, environ: Mapping[str, str]) -> int:
+    """Say how it stands with the engine, on stdout. The exit code."""
+    remarks = trio.run(examine, settings, environ)
+    for remark in remarks:
+        sys.stdout.write(f"{remark.text}\n")
+    return 1 if any(remark.wrong for remark in remarks) else 0

@@ -1,0 +1,1 @@
+"""`llamesh doctor`, section by section."""
