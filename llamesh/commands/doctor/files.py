@@ -48,10 +48,14 @@ def _configuration(patient: Patient) -> Iterator[Finding]:
     if settings is not None:
         there = files.config_file.exists()
         yield ok(f"{files.config_file} is fine" if there else "there is no config.yaml: every default holds")
-        for name in ("allowed_keys", "admin_keys"):
-            yield from _readable_keys(settings, name)
+        readable = (_readable_keys(settings, name) for name in ("allowed_keys", "admin_keys"))
+        yield from dict.fromkeys(finding for findings in readable for finding in findings)
     if patient.cookbook is not None:
-        yield ok(f"{files.cookbook} is fine: {len(patient.cookbook.profiles)} profiles")
+        yield ok(f"{files.cookbook} is fine: {_profiles(len(patient.cookbook.profiles))}")
+
+
+def _profiles(count: int) -> str:
+    return f"{count} profile" if count == 1 else f"{count} profiles"
 
 
 def _readable_keys(settings: Settings, name: str) -> Iterator[Finding]:
@@ -194,7 +198,7 @@ async def look_at_weights(patient: Patient) -> list[Finding]:
         if (problem := problems[profile.key])
     ]
     if here["here"]:
-        found.append(ok(f"the weights of {here['here']} profiles are here"))
+        found.append(ok(f"the weights of {_profiles(here['here'])} are here"))
     if later := here["download"] + here["engine"]:
         found.append(ok(f"those of {later} are fetched when they are first asked for"))
     return found

@@ -70,7 +70,7 @@ async def test_all_is_well(tmp_path: Path) -> None:
         "config.yaml is fine",
         "2 profiles",
         "100.0 GiB",
-        "weights of 1 profiles",
+        "weights of 1 profile ",
         "those of 1 are",
     ):
         assert words in said(found)
