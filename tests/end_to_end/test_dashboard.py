@@ -123,10 +123,10 @@ async def test_it_shows_the_whole_mesh(tmp_path: Path) -> None:
                     told = page.locator(".detail-row .candidates li", has_text=node).inner_text()
                     assert re.search(r"\d ms|\d s", told), told
                     assert "decode" in told
-                row = page.locator("#instance-rows tr", has_text="phi4:default#1")
+                row = page.locator("#instance-rows tr", has_text="phi4:default#")
                 row.get_by_role("button", name="Log").click()
                 page.locator("#log-lines > div", has_text="request POST").first.wait_for()
-                assert page.locator("#log-child").input_value() == "phi4:default#1"
+                assert page.locator("#log-child").input_value().startswith("phi4:default#")
                 page.evaluate("scrollTo(0, 0)")
                 no_overflow(page)
                 assert faint(page) == []

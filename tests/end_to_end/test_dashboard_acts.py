@@ -93,7 +93,7 @@ async def test_who_may_only_look_sees_why(tmp_path: Path) -> None:
 
                 use_key("looker")
                 live(page)
-                page.locator("#look-only", has_text="this key may not administer").wait_for()
+                page.locator("#look-only", has_text="the key key-1 may not administer").wait_for()
                 acts = page.locator("[data-act=drain], #matrix-body td.end button")
                 page.locator("[data-node=borealis].node").wait_for()
                 for button in acts.all():

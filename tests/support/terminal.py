@@ -13,6 +13,7 @@ import fcntl
 import os
 import pty
 import re
+import signal
 import struct
 import subprocess
 import termios
@@ -79,6 +80,12 @@ class Terminal:
         return bool(data)
 
 
+def _own_terminal() -> None:
+    """Ctrl-C goes to whom the terminal belongs to, and counts, though who runs the tests may ignore it."""
+    fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 @contextlib.asynccontextmanager
 async def on_terminal(
     command: Sequence[str],
@@ -99,8 +106,7 @@ async def on_terminal(
         stdout=slave,
         stderr=slave,
         start_new_session=True,
-        # Ctrl-C goes to whom the terminal belongs to.
-        preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),
+        preexec_fn=_own_terminal,
     )
     os.close(slave)
     try:
