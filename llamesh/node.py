@@ -12,6 +12,7 @@ A second signal, whenever it comes, skips what is left of that: instances are ki
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
 import socket
@@ -205,6 +206,9 @@ class Node:
             root.start_soon(listener.run)
             root.start_soon(self._save_now_and_then)
             await root.start(reload_at_hangup, self.store, self.notifier, self._status)
+            # What was made so far stays. Looking through it for garbage would hold up all streams now and then.
+            gc.collect()
+            gc.freeze()
             self._announce(sockets)
             self.notifier.ready(self._status())
             root.start_soon(self.notifier.run, self._status)
