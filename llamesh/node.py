@@ -206,7 +206,7 @@ class Node:
             root.start_soon(listener.run)
             root.start_soon(self._save_now_and_then)
             await root.start(reload_at_hangup, self.store, self.notifier, self._status)
-            # What was made so far stays. Looking through it for garbage would hold up all streams now and then.
+            # What was made so far stays. Looking through it for garbage holds up all streams now and then.
             gc.collect()
             gc.freeze()
             self._announce(sockets)

@@ -14,7 +14,9 @@ import trio
 from llamesh.config.cookbook import Elsewhere
 from llamesh.config.current import Current
 from llamesh.config.settings import Settings
+from llamesh.core.prefixes import NOTHING
 from llamesh.dispatch import Dispatch
+from llamesh.dispatch.affinity import COLD
 from llamesh.dispatch.lease import Ask
 from llamesh.errors import InternalError, InvalidRequest, LlameshError, ModelNotFound
 from llamesh.net.exchange import Headers
@@ -207,7 +209,7 @@ class Gateway:
         # Only text streams; elsewhere llama-server ignores the wish, and so must the keep-alives.
         streams = record.streams = wish.streams and route.needs == "text"
         prefix = read_prefix(wish, route, profile.key, session)
-        warmth = self._dispatch.affinity.find(profile.key, prefix)
+        warmth = self._dispatch.affinity.find(profile.key, prefix) if prefix is not NOTHING else COLD
         if self._dispatch.router is None:
             return Ask(profile, inbound.request_id, streams, prefix=prefix, warmth=warmth)
         record.origin, record.via = travel.origin, travel.via
