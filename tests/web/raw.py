@@ -174,7 +174,11 @@ class Http2:
         self.replies: dict[int, Reply] = {}
         self.bodies: dict[int, bytearray] = {}
         self.ended: set[int] = set()
-        self.flush()
+        try:
+            self.flush()
+        except OSError:
+            self.sock.close()
+            raise
 
     def __enter__(self) -> Http2:
         return self
