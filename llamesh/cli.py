@@ -68,7 +68,7 @@ _EXAMPLES = (
     ("llamesh why", "explain the last request that failed"),
 )
 
-# In the order of llamesh/commands/exit_codes.py.
+# In the order of llamesh/commands/shared/exit_codes.py.
 _EXIT_CODES = (
     "0 done, 1 refused or a bad file, 2 a wrong word on the command line, 3 no node answers, 4 not done in "
     "time, 130 stopped by Ctrl-C. `llamesh COMMAND --help` says where a command has others."
@@ -193,11 +193,11 @@ def command_line(run_node: Callable[[Path | None, Path, Path | None, bool], int]
     return made
 
 
-def run(commands: click.Group, arguments: Sequence[str] | None) -> int:
+def run(command: click.Command, arguments: Sequence[str] | None) -> int:
     """Call what the arguments (None: the process's own) say; the exit code."""
     words = None if arguments is None else list(arguments)
     try:
-        code = commands.main(words, prog_name="llamesh", standalone_mode=False)
+        code = command.main(words, prog_name="llamesh", standalone_mode=False)
     except click.ClickException as error:
         error.show()
         return error.exit_code

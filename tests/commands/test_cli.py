@@ -14,8 +14,8 @@ from click.testing import CliRunner, Result
 
 from llamesh.cli import COMMANDS, command_line, run
 from llamesh.commands.shared.failed import Failed, TimedOut, Unreached
+from llamesh.commands.shared.node import Reach, node_options
 from llamesh.commands.shared.options import Files, command, files_options
-from llamesh.commands.shared.reach import Reach, node_options
 from tests.support.node import CHECKOUT, clean_environment
 
 

@@ -17,6 +17,7 @@ from llamesh.commands.shared.failed import BadFiles
 if TYPE_CHECKING:
     from llamesh.config.cookbook import Cookbook
     from llamesh.config.settings import Settings
+    from llamesh.config.store import Files as StoredFiles
 
 _USUAL = {"config": "config.yaml", "secrets": "secrets.yaml", "cookbook": "cookbook.yaml"}
 
@@ -53,6 +54,14 @@ class Files:
             )
         except ConfigError as error:
             raise BadFiles(str(error)) from None
+
+    def for_store(self) -> StoredFiles:
+        """The same for `config.store`, which goes on looking at them."""
+        from llamesh.config.store import Files as StoredFiles
+
+        return StoredFiles(
+            self.config, self.cookbook, self.secrets, self.config_required, self.secrets_required
+        )
 
     def read(self) -> tuple[Settings, Cookbook]:
         """Configuration and cookbook, as a node would read them. Raises ConfigError."""
