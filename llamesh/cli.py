@@ -77,7 +77,18 @@ _EXIT_CODES = (
 _FILES = ("config", "secrets", "cookbook")
 
 
-class Commands(click.Group):
+class _PlainHelp(click.Command):
+    """Whose `--help` is told in the style of the other options."""
+
+    def get_help_option(self, ctx: click.Context) -> click.Option | None:
+        """click's own, with other words."""
+        option = super().get_help_option(ctx)
+        if option is not None:
+            option.help = "print this"
+        return option
+
+
+class Commands(_PlainHelp, click.Group):
     """The commands of the table."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
@@ -131,6 +142,20 @@ class Commands(click.Group):
         write_examples(formatter, _EXAMPLES)
         with formatter.section("Exit codes"):
             formatter.write_text(_EXIT_CODES)
+
+
+class Command(_PlainHelp):
+    """One of them. Its help ends with examples."""
+
+    def __init__(self, *args: Any, examples: Sequence[tuple[str, str]] = (), **more: Any) -> None:
+        super().__init__(*args, **more)
+        self.examples = examples
+
+    def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """The examples, then what else there is to say."""
+        if self.examples:
+            write_examples(formatter, self.examples)
+        super().format_epilog(ctx, formatter)
 
 
 def write_examples(formatter: click.HelpFormatter, examples: Sequence[tuple[str, str]]) -> None:

@@ -333,7 +333,7 @@ def test_columns_for_a_pipe(capsys: pytest.CaptureFixture[str]) -> None:
         "[red]x[/red]  1000  never",
     ]
     show([Sheet("Titled", NAMES.columns, NAMES.rows[:1])], "above")
-    assert capsys.readouterr().out.splitlines()[:4] == ["above", "", "Titled", "  NAME        MIB  HERE"]
+    assert capsys.readouterr().out.splitlines()[:4] == ["above", "", "Titled", "  NAME      MIB  HERE"]
 
 
 def test_drawn_at_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
