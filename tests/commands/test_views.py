@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 import sys
 from typing import Any
 
@@ -309,6 +310,7 @@ def test_words() -> None:
     assert [count(number, "node") for number in (0, 1, 2)] == ["no nodes", "1 node", "2 nodes"]
     assert clean("a\tb\n\x1b]0;x\x07\u202e") == "a\tb\n\ufffd]0;x\ufffd\ufffd"
     assert one_line(" a\n b\t") == "a b"
+    assert one_line(os.fsdecode(b"caf\xe9.gguf")) == "caf\ufffd.gguf"  # what can't be printed
 
 
 class Terminal(io.StringIO):
