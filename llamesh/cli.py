@@ -68,7 +68,7 @@ _EXAMPLES = (
     ("llamesh why", "explain the last request that failed"),
 )
 
-# In the order of llamesh/commands/exit_codes.py.
+# In the order of llamesh/commands/shared/exit_codes.py.
 _EXIT_CODES = (
     "0 done, 1 refused or a bad file, 2 a wrong word on the command line, 3 no node answers, 4 not done in "
     "time, 130 stopped by Ctrl-C. `llamesh COMMAND --help` says where a command has others."
@@ -77,7 +77,18 @@ _EXIT_CODES = (
 _FILES = ("config", "secrets", "cookbook")
 
 
-class Commands(click.Group):
+class _PlainHelp(click.Command):
+    """Whose `--help` is told in the style of the other options."""
+
+    def get_help_option(self, ctx: click.Context) -> click.Option | None:
+        """click's own, with other words."""
+        option = super().get_help_option(ctx)
+        if option is not None:
+            option.help = "print this"
+        return option
+
+
+class Commands(_PlainHelp, click.Group):
     """The commands of the table."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
@@ -131,6 +142,20 @@ class Commands(click.Group):
         write_examples(formatter, _EXAMPLES)
         with formatter.section("Exit codes"):
             formatter.write_text(_EXIT_CODES)
+
+
+class Command(_PlainHelp):
+    """One of them. Its help ends with examples."""
+
+    def __init__(self, *args: Any, examples: Sequence[tuple[str, str]] = (), **more: Any) -> None:
+        super().__init__(*args, **more)
+        self.examples = examples
+
+    def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """The examples, then what else there is to say."""
+        if self.examples:
+            write_examples(formatter, self.examples)
+        super().format_epilog(ctx, formatter)
 
 
 def write_examples(formatter: click.HelpFormatter, examples: Sequence[tuple[str, str]]) -> None:
@@ -193,11 +218,11 @@ def command_line(run_node: Callable[[Path | None, Path, Path | None, bool], int]
     return made
 
 
-def run(commands: click.Group, arguments: Sequence[str] | None) -> int:
+def run(command: click.Command, arguments: Sequence[str] | None) -> int:
     """Call what the arguments (None: the process's own) say; the exit code."""
     words = None if arguments is None else list(arguments)
     try:
-        code = commands.main(words, prog_name="llamesh", standalone_mode=False)
+        code = command.main(words, prog_name="llamesh", standalone_mode=False)
     except click.ClickException as error:
         error.show()
         return error.exit_code

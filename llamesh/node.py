@@ -50,6 +50,7 @@ from llamesh.web.exposure import Exposure
 from llamesh.web.fast_lane import FastLane
 from llamesh.web.gateway import Gateway
 from llamesh.web.listener import Listener, bind
+from llamesh.web.own_acts import OwnActs
 from llamesh.web.pages import Pages
 from llamesh.web.prewarm import Prewarm
 from llamesh.web.slow_lane import HypercornLane
@@ -105,7 +106,7 @@ class Node:
             self.gateway.access,
         )
         administration = Administration(
-            store, self.pool, self.dispatch, self.prewarm, self.keeper, self.builds
+            OwnActs(store, self.pool, self.dispatch, self.prewarm, self.keeper, self.builds)
         )
         collector = NodeCollector(self.stats, self.pages.gauges, self._info)
         self.views = Views(

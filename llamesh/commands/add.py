@@ -11,12 +11,12 @@ from pathlib import Path
 
 import click
 
-from llamesh.commands import exit_codes
-from llamesh.commands.saying import fail, out
+from llamesh.commands.shared import exit_codes
 from llamesh.commands.shared.failed import Failed
 from llamesh.commands.shared.named import MODEL_WORDS, Named, Wishes, read_model, wishes_options
 from llamesh.commands.shared.options import Files, files_options
 from llamesh.commands.shared.options import command as make
+from llamesh.commands.shared.saying import fail, out
 from llamesh.config.arguments import read_arguments
 from llamesh.config.cookbook import Cookbook, HubFile, ModelPath, UrlFile, parse_cookbook
 from llamesh.config.model_names import split_repo

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import click
 
-from llamesh.commands import exit_codes
-from llamesh.commands.saying import out
+from llamesh.commands.shared import exit_codes
+from llamesh.commands.shared.node import Reach, node_options
 from llamesh.commands.shared.options import command as make
-from llamesh.commands.shared.reach import Reach, node_options
+from llamesh.commands.shared.saying import out
 
 
 @make(("llamesh cancel req-7f3a", "ids: `llamesh top`, or the header X-Request-Id"))

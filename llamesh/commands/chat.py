@@ -10,14 +10,14 @@ from typing import IO, Any
 
 import click
 
-from llamesh.commands import exit_codes
-from llamesh.commands.saying import aside, passing
+from llamesh.commands.shared import exit_codes
 from llamesh.commands.shared.acts import model_argument, naming
 from llamesh.commands.shared.answering import Figures, Message, answer
 from llamesh.commands.shared.client import Client, path_of
 from llamesh.commands.shared.failed import Failed, NoSuchModel
+from llamesh.commands.shared.node import Reach, node_options
 from llamesh.commands.shared.options import command as make
-from llamesh.commands.shared.reach import Reach, node_options
+from llamesh.commands.shared.saying import aside, passing
 from llamesh.commands.shared.words import clean
 
 _HELP = """\

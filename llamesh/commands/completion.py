@@ -5,10 +5,10 @@ from __future__ import annotations
 import click
 from click.shell_completion import get_completion_class
 
-from llamesh.commands import exit_codes
-from llamesh.commands.saying import out
+from llamesh.commands.shared import exit_codes
 from llamesh.commands.shared.failed import Failed
 from llamesh.commands.shared.options import command as make
+from llamesh.commands.shared.saying import out
 
 
 @make(

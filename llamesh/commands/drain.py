@@ -8,13 +8,13 @@ from typing import Any
 
 import click
 
-from llamesh.commands import exit_codes
-from llamesh.commands.saying import aside, out
+from llamesh.commands.shared import exit_codes
 from llamesh.commands.shared.acts import node_option, tell, where
 from llamesh.commands.shared.client import Client
 from llamesh.commands.shared.failed import Failed, TimedOut
+from llamesh.commands.shared.node import Reach, node_options
 from llamesh.commands.shared.options import command as make
-from llamesh.commands.shared.reach import Reach, node_options
+from llamesh.commands.shared.saying import aside, out
 from llamesh.commands.shared.words import count
 
 _LOOK_SECONDS = 0.25

@@ -7,13 +7,13 @@ from pathlib import Path
 import click
 import psutil
 
-from llamesh.commands import exit_codes
 from llamesh.commands.add import add, write_new
-from llamesh.commands.saying import fail, out
+from llamesh.commands.shared import exit_codes
 from llamesh.commands.shared.failed import Failed
 from llamesh.commands.shared.named import MODEL_WORDS, Wishes, wishes_options
 from llamesh.commands.shared.options import Files, files_options
 from llamesh.commands.shared.options import command as make
+from llamesh.commands.shared.saying import fail, out
 from llamesh.config.problems import ConfigError
 from llamesh.config.settings import default_node_id
 from llamesh.local.sensors import Sensors

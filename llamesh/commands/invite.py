@@ -6,11 +6,11 @@ import ipaddress
 import os
 from urllib.parse import urlsplit
 
-from llamesh.commands import exit_codes
-from llamesh.commands.saying import aside, fail, out
+from llamesh.commands.shared import exit_codes
 from llamesh.commands.shared.failed import Failed
 from llamesh.commands.shared.options import Files, files_options
 from llamesh.commands.shared.options import command as make
+from llamesh.commands.shared.saying import aside, fail, out
 from llamesh.config.settings import Address, Settings
 from llamesh.mesh.identity import load_identity
 from llamesh.mesh.interfaces import announceable

@@ -16,13 +16,14 @@ from pathlib import Path
 
 import click
 
-from llamesh.commands import config_edit, exit_codes
+from llamesh.commands import config_edit
 from llamesh.commands.config_edit import CannotEdit
-from llamesh.commands.reach import reach
-from llamesh.commands.saying import aside, fail, out
+from llamesh.commands.shared import exit_codes
+from llamesh.commands.shared.dialling import reach
 from llamesh.commands.shared.failed import Failed
 from llamesh.commands.shared.options import Files, files_options
 from llamesh.commands.shared.options import command as make
+from llamesh.commands.shared.saying import aside, fail, out
 from llamesh.config.problems import ConfigError
 from llamesh.config.settings import Settings, load_settings
 from llamesh.mesh.cluster_token import same_token

@@ -8,14 +8,14 @@ from urllib.parse import urlencode
 
 import click
 
-from llamesh.commands import exit_codes
-from llamesh.commands.saying import out
+from llamesh.commands.shared import exit_codes
 from llamesh.commands.shared.acts import naming
 from llamesh.commands.shared.client import STREAM_SECONDS, events_in, path_of
 from llamesh.commands.shared.completing import complete_models, complete_nodes
 from llamesh.commands.shared.failed import Unreached
+from llamesh.commands.shared.node import Reach, node_options
 from llamesh.commands.shared.options import command as make
-from llamesh.commands.shared.reach import Reach, node_options
+from llamesh.commands.shared.saying import out
 from llamesh.commands.shared.words import clean, one_line
 
 _PATH = "/logs/stream"

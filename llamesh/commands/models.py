@@ -9,11 +9,12 @@ from typing import Any
 
 import click
 
-from llamesh.commands import exit_codes
-from llamesh.commands.saying import fail, out
+from llamesh.commands.shared import exit_codes
+from llamesh.commands.shared.node import read_state
 from llamesh.commands.shared.options import Files, files_options, json_option
 from llamesh.commands.shared.options import command as make
-from llamesh.commands.shared.reach import read_state
+from llamesh.commands.shared.saying import fail, out
+from llamesh.commands.shared.sheets import Column, Sheet, cell, show
 from llamesh.commands.shared.shelf import Item, inventory
 from llamesh.config.problems import ConfigError
 from llamesh.local.weights import WeightsError, find_cache
@@ -41,23 +42,31 @@ def command(work_out: bool, as_json: bool, files: Files) -> int:
     if not items:
         out("no models on this disk nor in the mesh; `llamesh add` and `llamesh pull` bring some")
         return exit_codes.OK
-    rows = [("MODEL", "SIZE", "SHA256", "FROM", "USED BY", "NODE")]
-    for item in items:
-        used = ", ".join(item.profiles) or "-"
-        rows.append(
-            (
-                item.name,
-                in_words(item.size) if item.path else "-",
-                item.sha256[:12] or "-",
-                item.origin,
-                used,
-                ", ".join(item.nodes),
-            )
-        )
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    for row in rows:
-        out("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+    show([_sheet(items)])
     return exit_codes.OK
+
+
+def _sheet(items: list[Item]) -> Sheet:
+    columns = (
+        Column("model"),
+        Column("size", right=True, keep=5),
+        Column("sha256", keep=1),
+        Column("from", keep=3),
+        Column("used by", keep=4),
+        Column("node"),
+    )
+    rows = [
+        (
+            cell(item.name),
+            cell(in_words(item.size) if item.path else "-"),
+            cell(item.sha256[:12] or "-", "dim"),
+            cell(item.origin),
+            cell(", ".join(item.profiles) or "-"),
+            cell(", ".join(item.nodes)),
+        )
+        for item in items
+    ]
+    return Sheet("", columns, rows)
 
 
 def _add_other_nodes(items: list[Item], own: str, state: dict[str, Any]) -> None:

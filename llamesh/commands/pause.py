@@ -10,12 +10,12 @@ from typing import Any
 
 import click
 
-from llamesh.commands import exit_codes
-from llamesh.commands.saying import out
+from llamesh.commands.shared import exit_codes
 from llamesh.commands.shared.acts import node_option, tell, where
 from llamesh.commands.shared.failed import Failed, TimedOut, Unreached
+from llamesh.commands.shared.node import Reach, node_options
 from llamesh.commands.shared.options import command as make
-from llamesh.commands.shared.reach import Reach, node_options
+from llamesh.commands.shared.saying import out
 from llamesh.commands.shared.words import clean
 
 _UNITS = {"": 1, "s": 1, "m": 60, "h": 3600, "d": 86400}

@@ -9,14 +9,14 @@ from typing import Any
 
 import click
 
-from llamesh.commands import exit_codes
-from llamesh.commands.saying import aside, out, passing
+from llamesh.commands.shared import exit_codes
 from llamesh.commands.shared.acts import model_argument, naming, node_option, tell, where
 from llamesh.commands.shared.client import Client, path_of
 from llamesh.commands.shared.failed import Failed
 from llamesh.commands.shared.following import Following, State
+from llamesh.commands.shared.node import Reach, node_options
 from llamesh.commands.shared.options import command as make
-from llamesh.commands.shared.reach import Reach, node_options
+from llamesh.commands.shared.saying import aside, out, passing
 from llamesh.commands.shared.words import lasting, one_line
 
 # A download of hundreds of gigabytes is part of it; the node has limits of its own.

@@ -10,12 +10,12 @@ import sys
 import click
 import trio
 
-from llamesh.commands import exit_codes
-from llamesh.commands.saying import fail, out
+from llamesh.commands.shared import exit_codes
 from llamesh.commands.shared.completing import complete_models
 from llamesh.commands.shared.failed import Failed
 from llamesh.commands.shared.options import Files, files_options
 from llamesh.commands.shared.options import command as make
+from llamesh.commands.shared.saying import fail, out
 from llamesh.config.cookbook import Cookbook, HubFile
 from llamesh.config.model_names import BadName, split_repo
 from llamesh.config.problems import ConfigError

@@ -8,13 +8,13 @@ import time
 
 import click
 
-from llamesh.commands import exit_codes
-from llamesh.commands.saying import aside, out
+from llamesh.commands.shared import exit_codes
 from llamesh.commands.shared.following import Following, State
+from llamesh.commands.shared.node import Reach, node_options
 from llamesh.commands.shared.options import command as make
 from llamesh.commands.shared.options import json_option
-from llamesh.commands.shared.reach import Reach, node_options
-from llamesh.commands.shared.sheets import Sheet, plain
+from llamesh.commands.shared.saying import aside, out
+from llamesh.commands.shared.sheets import Sheet, plain, show
 from llamesh.commands.shared.views import attention, instances, models, nodes, summary
 
 # Ages grow by themselves.
@@ -41,7 +41,7 @@ def command(watch: bool, as_json: bool, reach: Reach) -> int:
         if as_json:
             out(json.dumps(state, ensure_ascii=False))
         else:
-            _show(state)
+            show(_sheets(state), summary(state))
         return exit_codes.OK
     with Following(client) as following:
         try:
@@ -56,18 +56,6 @@ def command(watch: bool, as_json: bool, reach: Reach) -> int:
 
 def _sheets(state: State) -> list[Sheet]:
     return [attention(state), nodes(state), models(state), instances(state, time.time())]
-
-
-def _show(state: State) -> None:
-    if not sys.stdout.isatty():
-        out(f"{summary(state)}\n\n{plain(_sheets(state))}".rstrip("\n"))
-        return
-    from llamesh.commands.shared.screen import console, drawn
-
-    screen = console()
-    screen.print(summary(state), style="dim")
-    screen.print()
-    screen.print(drawn(_sheets(state), screen.width))
 
 
 def _log(following: Following, *, as_json: bool) -> None:

@@ -6,11 +6,11 @@ import os
 
 import click
 
-from llamesh.commands import exit_codes
-from llamesh.commands.saying import aside, at_terminal, out
+from llamesh.commands.shared import exit_codes
 from llamesh.commands.shared.failed import Failed
 from llamesh.commands.shared.options import Files, files_options
 from llamesh.commands.shared.options import command as make
+from llamesh.commands.shared.saying import aside, at_terminal, out
 from llamesh.mesh.key_files import IdentityError
 from llamesh.mesh.key_store import PREVIOUS_TOKEN_SECONDS, KeyStore
 

@@ -11,11 +11,11 @@ from collections.abc import Iterator
 
 import click
 
-from llamesh.commands import exit_codes
+from llamesh.commands.shared import exit_codes
 from llamesh.commands.shared.failed import Failed
 from llamesh.commands.shared.following import Following, State
+from llamesh.commands.shared.node import Reach, node_options
 from llamesh.commands.shared.options import command as make
-from llamesh.commands.shared.reach import Reach, node_options
 from llamesh.commands.shared.sheets import Sheet
 from llamesh.commands.shared.views import attention, instances, nodes, requests, summary
 

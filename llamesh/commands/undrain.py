@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from llamesh.commands import exit_codes
-from llamesh.commands.saying import out
+from llamesh.commands.shared import exit_codes
 from llamesh.commands.shared.acts import node_option, tell, where
+from llamesh.commands.shared.node import Reach, node_options
 from llamesh.commands.shared.options import command as make
-from llamesh.commands.shared.reach import Reach, node_options
+from llamesh.commands.shared.saying import out
 
 
 @make(("llamesh undrain", "after `llamesh drain`"))

@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 import json
-import sys
 import time
 from typing import Any
 
 import click
 
-from llamesh.commands import exit_codes
-from llamesh.commands.saying import aside, out
+from llamesh.commands.shared import exit_codes
 from llamesh.commands.shared.client import Client, path_of
 from llamesh.commands.shared.failed import Failed
+from llamesh.commands.shared.node import Reach, node_options
 from llamesh.commands.shared.options import command as make
 from llamesh.commands.shared.options import json_option
-from llamesh.commands.shared.reach import Reach, node_options
-from llamesh.commands.shared.sheets import Cell, Column, Sheet, cell, plain
+from llamesh.commands.shared.saying import aside, out
+from llamesh.commands.shared.sheets import Cell, Column, Sheet, cell, show
 from llamesh.commands.shared.words import millis
 
 Record = dict[str, Any]
@@ -47,14 +46,7 @@ def command(request_id: str | None, last: bool, as_json: bool, reach: Reach) -> 
     if as_json:
         out(json.dumps(record, ensure_ascii=False))
         return exit_codes.OK
-    sheets = explained(record)
-    if sys.stdout.isatty():
-        from llamesh.commands.shared.screen import console, drawn
-
-        screen = console()
-        screen.print(drawn(sheets, screen.width))
-    else:
-        out(plain(sheets).rstrip("\n"))
+    show(explained(record))
     return exit_codes.OK
 
 

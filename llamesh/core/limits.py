@@ -191,20 +191,12 @@ class Meter:
         minute, midnight = self._empty_in(now), _midnight(now)
         return (
             _tightest(
-                limits.requests_per_minute,
-                limits.requests_per_minute - used.requests_per_minute,
-                minute,
-                limits.requests_per_day,
-                limits.requests_per_day - used.requests_per_day,
-                midnight,
+                (limits.requests_per_minute, used.requests_per_minute, minute),
+                (limits.requests_per_day, used.requests_per_day, midnight),
             ),
             _tightest(
-                limits.tokens_per_minute,
-                limits.tokens_per_minute - used.tokens_per_minute,
-                minute,
-                limits.tokens_per_day,
-                limits.tokens_per_day - used.tokens_per_day,
-                midnight,
+                (limits.tokens_per_minute, used.tokens_per_minute, minute),
+                (limits.tokens_per_day, used.tokens_per_day, midnight),
             ),
         )
 
@@ -347,11 +339,13 @@ class Meter:
             yield number, requests, tokens
 
 
-def _tightest(a: int, a_left: int, a_seconds: float, b: int, b_left: int, b_seconds: float) -> Room | None:
-    """Of two limits, each with what is left of it and until when, the one of which least is left."""
-    if a and (not b or a_left <= b_left):
-        return Room(a, max(0, a_left), a_seconds)
-    return Room(b, max(0, b_left), b_seconds) if b else None
+def _tightest(*limits: tuple[int, int, float]) -> Room | None:
+    """Of limits, each with what is used of it and for how many seconds, the one of which least is left."""
+    set_ones = [one for one in limits if one[0]]
+    if not set_ones:
+        return None
+    limit, used, seconds = min(set_ones, key=lambda one: one[0] - one[1])
+    return Room(limit, max(0, limit - used), seconds)
 
 
 def _reached(limit: int, used: int) -> bool:

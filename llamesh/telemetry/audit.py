@@ -165,7 +165,7 @@ class Audit:
         """An inference request wasn't admitted. `error`: status, type, message."""
         now = time.time()
         status, outcome, reason = error
-        if not key and not origin and status in _LOCKED_OUT and self._is_one_too_many(now):
+        if not key and not origin and self._is_one_too_many(now, status):
             return
         line = RequestLine(
             time=utc_text(now),
@@ -202,7 +202,7 @@ class Audit:
         """
         now = time.time()
         status, what, reason = outcome
-        if not key and not origin and status in _LOCKED_OUT and self._is_one_too_many(now):
+        if not key and not origin and self._is_one_too_many(now, status):
             return
         line = ActLine(
             time=utc_text(now),
@@ -249,7 +249,10 @@ class Audit:
         if not self._wake.is_set():
             self._wake.set()
 
-    def _is_one_too_many(self, now: float) -> bool:
+    def _is_one_too_many(self, now: float, status: int) -> bool:
+        """Whether so many strangers were locked out in this second that this one is only counted."""
+        if status not in _LOCKED_OUT:
+            return False
         second, came = self._strangers
         came = came + 1 if second == int(now) else 1
         self._strangers = (int(now), came)

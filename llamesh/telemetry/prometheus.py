@@ -97,29 +97,27 @@ class NodeCollector:
         yield InfoMetricFamily("llamesh_build", "Version, node and engine of this process", self._info())
         yield from _requests(profiles)
         yield from self._refused()
-        yield from _profile_counters(profiles)
+        yield from _profile_figures(profiles)
         yield from _instance_tokens(profiles)
         yield from _profile_histograms([(labels, stats) for labels, stats in profiles if stats.used])
         yield from self._now()
 
     def _refused(self) -> Iterator[Metric]:
-        rejected = CounterMetricFamily(
+        yield _counter(
             "llamesh_requests_rejected",
             "Inference requests that were refused before a profile was known",
-            labels=("type",),
+            "type",
+            self._stats.rejected,
         )
-        for kind, count in self._stats.rejected.items():
-            rejected.add_metric((kind,), count)
-        yield rejected
         yield CounterMetricFamily(
             "llamesh_malformed_requests", "Bytes that were no HTTP request", value=self._stats.bad_heads
         )
-        builds = CounterMetricFamily(
-            "llamesh_engine_builds", "Builds of llama.cpp and looks for a newer one", labels=("outcome",)
+        yield _counter(
+            "llamesh_engine_builds",
+            "Builds of llama.cpp and looks for a newer one",
+            "outcome",
+            self._stats.builds,
         )
-        for outcome, count in self._stats.builds.items():
-            builds.add_metric((outcome,), count)
-        yield builds
 
     def _now(self) -> Iterator[Metric]:
         now = self._gauges()
@@ -157,20 +155,26 @@ class NodeCollector:
         )
 
     def _by_node(self) -> Iterator[Metric]:
-        served = CounterMetricFamily(
-            "llamesh_requests_served", "Inference requests answered, by the node that did", labels=("node",)
+        yield _counter(
+            "llamesh_requests_served",
+            "Inference requests answered, by the node that did",
+            "node",
+            self._stats.served_by,
         )
-        for node, count in self._stats.served_by.items():
-            served.add_metric((node,), count)
-        yield served
-        retries = CounterMetricFamily(
+        yield _counter(
             "llamesh_forward_retries",
             "Forwards after which the request was tried elsewhere, by why",
-            labels=("reason",),
+            "reason",
+            self._stats.forward_retries,
         )
-        for reason, count in self._stats.forward_retries.items():
-            retries.add_metric((reason,), count)
-        yield retries
+
+
+def _counter(name: str, text: str, label: str, counts: Mapping[str, int]) -> Metric:
+    """A counter with a single label."""
+    family = CounterMetricFamily(name, text, labels=(label,))
+    for value, count in counts.items():
+        family.add_metric((value,), count)
+    return family
 
 
 _Profiles = list[tuple[tuple[str, str], ProfileStats]]
@@ -189,7 +193,7 @@ def _requests(profiles: _Profiles) -> Iterator[Metric]:
         yield family
 
 
-def _profile_counters(profiles: _Profiles) -> Iterator[Metric]:
+def _profile_figures(profiles: _Profiles) -> Iterator[Metric]:
     counters: tuple[tuple[str, str, Callable[[ProfileStats], float]], ...] = (
         ("llamesh_tokens_generated", "Tokens generated", lambda s: s.tokens_generated_total),
         ("llamesh_prompt_tokens", "Prompt tokens, cached ones included", lambda s: s.prompt_tokens_total),
@@ -198,23 +202,18 @@ def _profile_counters(profiles: _Profiles) -> Iterator[Metric]:
         ("llamesh_instance_start_failures", "Starts that failed", lambda s: s.start_failures_total),
         ("llamesh_instance_crashes", "Instances that ended while serving", lambda s: s.crashes_total),
     )
-    for name, text, read in counters:
-        for part in _parts(profiles, 1):
-            counter = CounterMetricFamily(name, text, labels=_OF_PROFILE)
-            for labels, stats in part:
-                counter.add_metric(labels, read(stats))
-            yield counter
     gauges: tuple[tuple[str, str, Callable[[ProfileStats], float]], ...] = (
         ("llamesh_requests_running", "Requests being answered or waiting", lambda s: s.current_requests),
         ("llamesh_load_seconds", "Duration of the last start", lambda s: s.load_seconds),
         ("llamesh_tokens_per_second", "Decode speed of one answer", lambda s: s.tokens_per_second),
     )
-    for name, text, read in gauges:
-        for part in _parts(profiles, 1):
-            gauge = GaugeMetricFamily(name, text, labels=_OF_PROFILE)
-            for labels, stats in part:
-                gauge.add_metric(labels, read(stats))
-            yield gauge
+    for kind, figures in ((CounterMetricFamily, counters), (GaugeMetricFamily, gauges)):
+        for name, text, read in figures:
+            for part in _parts(profiles, 1):
+                family = kind(name, text, labels=_OF_PROFILE)
+                for labels, stats in part:
+                    family.add_metric(labels, read(stats))
+                yield family
 
 
 def _instance_tokens(profiles: _Profiles) -> Iterator[Metric]:
@@ -292,12 +291,12 @@ def _memory_and_files(now: Gauges) -> Iterator[Metric]:
     for (key, kind, what), size in now.profile_memory.items():
         profiles.add_metric((*_labels(key), kind, what), size)
     yield profiles
-    evictions = CounterMetricFamily(
-        "llamesh_instance_drains", "Instances that were told to leave", labels=("reason",)
+    yield _counter(
+        "llamesh_instance_drains",
+        "Instances that were told to leave",
+        "reason",
+        dict.fromkeys(DRAIN_REASONS, 0) | now.evictions,
     )
-    for reason, count in (dict.fromkeys(DRAIN_REASONS, 0) | now.evictions).items():
-        evictions.add_metric((reason,), count)
-    yield evictions
     reloads, refusals, in_force = now.files
     yield CounterMetricFamily("llamesh_reloads", "Changes of the files that were taken in", value=reloads)
     yield CounterMetricFamily("llamesh_reload_failures", "Changes that were refused", value=refusals)

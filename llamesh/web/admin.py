@@ -11,14 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 from quart_trio import QuartTrio
 
-from llamesh.config.store import Store
-from llamesh.dispatch import Dispatch
 from llamesh.errors import InvalidRequest, ModelNotFound
-from llamesh.local.builds.manager import BuildManager
-from llamesh.local.keeper import Keeper
-from llamesh.local.pool import Pool
 from llamesh.web.own_acts import Answer, Document, OwnActs
-from llamesh.web.prewarm import Prewarm
 
 if TYPE_CHECKING:
     from llamesh.web.peer_acts import ActName, PeerActs
@@ -32,16 +26,8 @@ class Administration:
     `peers`, set where there is a mesh, has other nodes act.
     """
 
-    def __init__(
-        self,
-        store: Store,
-        pool: Pool,
-        dispatch: Dispatch,
-        prewarm: Prewarm,
-        keeper: Keeper,
-        builds: BuildManager,
-    ) -> None:
-        self.own = OwnActs(store, pool, dispatch, prewarm, keeper, builds)
+    def __init__(self, own: OwnActs) -> None:
+        self.own = own
         self.peers: PeerActs | None = None
 
     async def prewarm(self, document: Document) -> Answer:

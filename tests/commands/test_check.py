@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +14,11 @@ import pytest
 import trio
 
 from llamesh.commands.check import command
-from llamesh.commands.check.look import learned_values
+from llamesh.commands.check.look import for_people, learned_values
 from llamesh.config.settings import Settings
 from llamesh.core.readings import Device
 from llamesh.local import memory
+from llamesh.local.launch import Engine
 from llamesh.local.sensors import Sensors
 from tests.commands.cli import run
 from tests.support.node import running_node
@@ -273,3 +275,13 @@ def test_rich_is_not_imported_for_a_pipe() -> None:
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60)
     assert done.stderr == "False\n"
+
+
+def test_the_embedded_engine_is_named() -> None:
+    engine = Engine(("/opt/python", "-P", "-c", "import x; x.run()", "/opt"), "embedded", "1")
+    words = [*engine.command, "-m", "two  words.gguf"]
+    assert for_people(words, engine) == "llama-server (embedded) -m 'two  words.gguf'"
+    keyed = ["LLAMA_API_KEY=***", *words]
+    assert for_people(keyed, engine) == "LLAMA_API_KEY=*** llama-server (embedded) -m 'two  words.gguf'"
+    other = replace(engine, origin="path", command=("/usr/bin/llama-server",))
+    assert for_people(["/usr/bin/llama-server", "-c", "0"], other) == "/usr/bin/llama-server -c 0"

@@ -12,10 +12,10 @@ import click
 import pytest
 from click.testing import CliRunner, Result
 
-from llamesh.cli import COMMANDS, command_line, run
+from llamesh.cli import COMMANDS, Command, command_line, run
 from llamesh.commands.shared.failed import Failed, TimedOut, Unreached
+from llamesh.commands.shared.node import Reach, node_options
 from llamesh.commands.shared.options import Files, command, files_options
-from llamesh.commands.shared.reach import Reach, node_options
 from tests.support.node import CHECKOUT, clean_environment
 
 
@@ -55,6 +55,18 @@ def test_every_command_is_there_and_explains_itself() -> None:
         assert max(len(line) for line in shown.output.splitlines()) <= 100
         names = {one for parameter in found.params for one in parameter.opts}
         assert not any(one in ("--key", "--api-key", "--token") for one in names), "a key on a command line"
+
+
+def test_options_are_told_in_one_style() -> None:
+    for name, where in COMMANDS.items():
+        found = import_module(where.partition(":")[0]).command
+        assert isinstance(found, Command)
+        options = [one for one in found.get_params(click.Context(found)) if isinstance(one, click.Option)]
+        for option in options:
+            words = option.help or ""
+            assert words, f"{name} {option.opts}"
+            assert not words.endswith("."), f"{name} {option.opts}"
+            assert words[0].islower() or words[:2].isupper() or not words[0].isalpha(), f"{name}: {words}"
 
 
 def test_every_command_is_in_the_manual() -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+import os
+import sys
 from typing import Any
 
 import msgspec
@@ -10,7 +12,7 @@ import pytest
 from rich.console import Console
 
 from llamesh.commands.shared.screen import drawn
-from llamesh.commands.shared.sheets import Column, Sheet, cell, plain
+from llamesh.commands.shared.sheets import Column, Sheet, cell, plain, show
 from llamesh.commands.shared.views import attention, instances, models, nodes, requests, summary
 from llamesh.commands.shared.words import clean, count, lasting, millis, of_size, one_line, size
 from llamesh.commands.why import explained
@@ -308,3 +310,43 @@ def test_words() -> None:
     assert [count(number, "node") for number in (0, 1, 2)] == ["no nodes", "1 node", "2 nodes"]
     assert clean("a\tb\n\x1b]0;x\x07\u202e") == "a\tb\n\ufffd]0;x\ufffd\ufffd"
     assert one_line(" a\n b\t") == "a b"
+    assert one_line(os.fsdecode(b"caf\xe9.gguf")) == "caf\ufffd.gguf"  # what can't be printed
+
+
+class Terminal(io.StringIO):
+    """What stdout is where somebody looks."""
+
+    def isatty(self) -> bool:
+        return True
+
+
+NAMES = Sheet(
+    "",
+    (Column("name"), Column("mib", right=True), Column("here")),
+    [[cell("a\x1b[2Jb\nc"), cell(1), cell("fits")], [cell("[red]x[/red]"), cell(1000), cell("never", "bad")]],
+)
+
+
+def test_columns_for_a_pipe(capsys: pytest.CaptureFixture[str]) -> None:
+    show([NAMES])
+    assert capsys.readouterr().out.splitlines() == [
+        "NAME           MIB  HERE",
+        "a\ufffd[2Jb c         1  fits",
+        "[red]x[/red]  1000  never",
+    ]
+    show([Sheet("Titled", NAMES.columns, NAMES.rows[:1])], "above")
+    assert capsys.readouterr().out.splitlines()[:4] == ["above", "", "Titled", "  NAME      MIB  HERE"]
+
+
+def test_drawn_at_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    terminal = Terminal()
+    monkeypatch.setattr(sys, "stdout", terminal)
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv("COLUMNS", "80")
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    show([NAMES], "above")
+    shown = terminal.getvalue()
+    assert "above" in shown
+    assert "[red]x[/red]" in shown  # a name is text, whatever it looks like
+    assert "\x1b[1;31mnever" in shown
+    assert "\x1b[2J" not in shown

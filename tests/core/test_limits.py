@@ -89,6 +89,10 @@ def test_what_is_left_is_told_of_the_tightest() -> None:
     assert meter.room(NOON + 2) == ((5, 4, 43_198), (100, 70, 63))
     assert admitted(meter, NOON, 300)
     assert meter.room(NOON)[1] == (100, 0, 65)
+    # Both are overshot, the day's by more: it is what clients have to wait for.
+    meter = Meter(Limits(tokens_per_minute=100, tokens_per_day=50))
+    assert admitted(meter, NOON, 300)
+    assert meter.room(NOON)[1] == (50, 0, 43_200)
 
 
 @given(STEPS, st.integers(1, 10))

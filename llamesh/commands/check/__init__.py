@@ -1,42 +1,28 @@
-"""`llamesh check`: are both files right, and what would start on this machine?
-
-Exit codes: 0, also with warnings; 1 when something has to be mended. A node needn't run; nothing is
-started but the engine's `--version` and `--help`, and nothing is fetched.
-"""
+"""`llamesh check`: are both files right, and what would start on this machine?"""
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import click
 
-from llamesh.commands.file_options import FilePaths, file_options, json_option
+from llamesh.commands.shared.options import Files, files_options, json_option
+from llamesh.commands.shared.options import command as make
 
 
-@click.command(
-    name="check",
-    short_help="Check both files, and say what would start on this machine.",
-    epilog="\b\nExamples:\n  llamesh check\n  llamesh check --config site.yaml --json | jq .errors",
+@make(
+    ("llamesh check", "before the node is started, or started again"),
+    ("llamesh check --config site.yaml --json | jq .errors", "for a script"),
+    epilog="Exit code 1 when something has to be mended; warnings leave it 0.",
 )
-@file_options
-@click.option("--commands/--no-commands", default=True, help="Whether to print the command lines.")
+@click.option("--commands/--no-commands", default=True, help="whether to print the command lines")
 @json_option
-@click.pass_context
-def command(
-    context: click.Context,
-    config: Path | None,
-    secrets: Path | None,
-    cookbook: Path,
-    commands: bool,
-    as_json: bool,
-) -> None:
-    """Read configuration and cookbook, tell all mistakes at once with file and line, and say for each
-    profile where its weights are, how llama-server would be started, how much memory it needs, and whether
-    that fits on this machine. Nothing is started and nothing is downloaded.
+@files_options(cookbook=True)
+def command(commands: bool, as_json: bool, files: Files) -> int:
+    """Read configuration and cookbook, and say what would start on this machine.
 
-    Exit code 1 when something has to be mended.
+    All mistakes are told at once, with file and line. Then, for each profile: where its weights are, how
+    llama-server would be started, how much memory it needs, and whether that fits on this machine. Nothing is
+    started and nothing is downloaded.
     """
     from llamesh.commands.check.report import check
 
-    paths = FilePaths(config, secrets, cookbook)
-    context.exit(check(paths, commands=commands, as_json=as_json))
+    return check(files, commands=commands, as_json=as_json)

@@ -12,7 +12,7 @@ import os
 import shlex
 import shutil
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
@@ -32,6 +32,9 @@ from llamesh.local.sizing import Size, model_file
 from llamesh.local.weights.cache import Cache
 from llamesh.local.weights.wanted import wanted_of, with_weights
 from llamesh.telemetry.learned import LearnedValues
+
+#: Stands for the embedded engine's command line.
+EMBEDDED = "llama-server (embedded)"
 
 # A file on a mount that hangs is given up after this.
 _FILE_SECONDS = 5.0
@@ -209,6 +212,16 @@ def _without_secrets(word: str) -> str:
 def in_shell(words: Iterable[str]) -> str:
     """The words as one would type them; what is masked stays readable."""
     return " ".join(word if "***" in word and " " not in word else shlex.quote(word) for word in words)
+
+
+def for_people(words: Sequence[str], engine: Engine) -> str:
+    """A command line to read. The embedded engine is only named: its own words say nothing to anybody."""
+    lead = masked(engine.command)
+    start = 1 if words[0].startswith("LLAMA_API_KEY=") else 0
+    if engine.origin != "embedded" or list(words[start : start + len(lead)]) != lead:
+        return in_shell(words)
+    rest = in_shell(words[start + len(lead) :])
+    return f"{in_shell(words[:start])} {EMBEDDED} {rest}".strip()
 
 
 def learned_values(settings: Settings) -> LearnedValues:

@@ -32,8 +32,8 @@ from llamesh.local.weights.folder import ModelsFolder
 
 _FOLDER_SECONDS = 10.0
 
-# Stands for the engine in command lines where there is none.
-_NO_ENGINE = Engine(("llama-server",), "path", "unknown")
+#: Stands for the engine in command lines where there is none.
+NO_ENGINE = Engine(("llama-server",), "path", "unknown")
 
 _BROKEN = ("missing", "unreadable", "damaged")
 
@@ -130,7 +130,7 @@ async def make_plan(files: Files, environ: Mapping[str, str]) -> Plan:
         engine = await find_engine(wanted.binary_path, environ=environ, will_be_built=wanted.enabled)
     except EngineNotFound as error:
         errors.append(str(error))
-    memory = Memory(store.current, engine or _NO_ENGINE, learned_values(settings))
+    memory = Memory(store.current, engine or NO_ENGINE, learned_values(settings))
     await memory.sample([])
     cache = find_cache(environ)
     looked: list[Planned | None] = [None] * len(cookbook.profiles)
@@ -138,7 +138,7 @@ async def make_plan(files: Files, environ: Mapping[str, str]) -> Plan:
     async def look(index: int, profile: Profile) -> None:
         located, weights = await find_weights(profile, cache)
         size = await size_of(located, weights, memory)
-        looked[index] = _planned(profile, located, weights, size, engine or _NO_ENGINE, settings)
+        looked[index] = _planned(profile, located, weights, size, engine or NO_ENGINE, settings)
 
     async with trio.open_nursery() as nursery:
         for index, profile in enumerate(cookbook.profiles):

@@ -4,53 +4,57 @@ from __future__ import annotations
 
 import json
 import os
-import sys
 from dataclasses import asdict
 from pathlib import PurePath
 
 import trio
 
-from llamesh.commands.check.look import in_shell
-from llamesh.commands.check.plan import Plan, Planned, make_plan
-from llamesh.commands.exit_codes import FAILED, OK
-from llamesh.commands.file_options import FilePaths
-from llamesh.commands.saying import out
-from llamesh.commands.tables import printable, show_table
+from llamesh.commands.check.look import for_people
+from llamesh.commands.check.plan import NO_ENGINE, Plan, Planned, make_plan
+from llamesh.commands.shared import exit_codes
+from llamesh.commands.shared.failed import BadFiles
+from llamesh.commands.shared.options import Files
+from llamesh.commands.shared.saying import out
+from llamesh.commands.shared.sheets import Cell, Column, Sheet, cell, show
+from llamesh.commands.shared.words import clean, one_line
 from llamesh.config.problems import ConfigError
-from llamesh.config.store import Files
 from llamesh.local.weights.progress import in_words
 
-_STYLES = {"fits": "green", "needs eviction": "yellow", "never": "bold red", "missing": "bold red"}
+_STYLES = {"fits": "good", "eviction": "warn", "never": "bad", "missing": "bad"}
+
+_COLUMNS = (
+    Column("model"),
+    Column("kind", keep=1),
+    Column("weights", keep=3),
+    Column("size", right=True, keep=4),
+    Column("context", right=True, keep=6),
+    Column("vram", right=True, keep=8),
+    Column("ram", right=True, keep=7),
+    Column("from", keep=2),
+    Column("here"),
+)
 
 
-def check(paths: FilePaths, *, commands: bool, as_json: bool) -> int:
-    """Check and print; the exit code."""
-    files = Files(
-        paths.config_file,
-        paths.cookbook,
-        paths.secrets_file,
-        config_required=paths.config is not None,
-        secrets_required=paths.secrets is not None,
-    )
+def check(files: Files, *, commands: bool, as_json: bool) -> int:
+    """Check and print; the exit code. Raises BadFiles."""
     try:
-        plan = trio.run(make_plan, files, os.environ)
+        plan = trio.run(make_plan, files.for_store(), os.environ)
     except ConfigError as error:
-        if as_json:
-            out(json.dumps({"problems": [asdict(problem) for problem in error.problems]}, indent=1))
-        else:
-            sys.stderr.write(f"{error}\n")
-        return FAILED
+        if not as_json:
+            raise BadFiles(str(error)) from None
+        out(json.dumps({"problems": [asdict(problem) for problem in error.problems]}, indent=1))
+        return exit_codes.FAILED
     if as_json:
         out(json.dumps({"problems": [], **plan.document()}, indent=1))
     else:
         _print(plan, commands=commands)
-    return FAILED if plan.errors else OK
+    return exit_codes.FAILED if plan.errors else exit_codes.OK
 
 
 def _print(plan: Plan, *, commands: bool) -> None:
     engine, budget = plan.engine, plan.budget
     if engine is not None:
-        out(f"engine: {engine.origin}, version {engine.version}, {printable(engine.command[0])}")
+        out(f"engine: {engine.origin}, version {engine.version}, {one_line(engine.command[0])}")
     out(f"GPU memory for models: {_limit(budget.vram, budget.vram_now)}")
     out(f"memory for models: {_limit(budget.sysmem, budget.sysmem_now)}")
     out(f"instances at once: {budget.max_instances}")
@@ -58,26 +62,20 @@ def _print(plan: Plan, *, commands: bool) -> None:
     if not plan.profiles:
         out("the cookbook has no enabled model")
     else:
-        headers = ("MODEL", "KIND", "WEIGHTS", "SIZE", "CONTEXT", "GPU MiB", "MEMORY MiB", "FROM", "HERE")
-        show_table(
-            headers,
-            [_row(planned) for planned in plan.profiles],
-            right=("SIZE", "CONTEXT", "GPU MiB", "MEMORY MiB"),
-            styles=_STYLES,
-        )
+        show([Sheet("", _COLUMNS, [_row(planned) for planned in plan.profiles])])
     for planned in plan.profiles:
         why = planned.judgement.why
         if not why and not (commands and planned.command):
             continue
         out("")
-        out(f"{planned.profile.public_name}" + (f": {printable(why)}" if why else ""))
+        out(f"{planned.profile.public_name}" + (f": {one_line(why)}" if why else ""))
         if commands and planned.command:
-            out(f"  {printable(in_shell(planned.command))}")
+            out(f"  {clean(for_people(planned.command, engine or NO_ENGINE))}")
     if plan.warnings or plan.errors:
         out("")
     for word, lines in (("warning", plan.warnings), ("error", plan.errors)):
         for line in lines:
-            out(f"{word}: {printable(line)}")
+            out(f"{word}: {one_line(line)}")
 
 
 def _limit(most: int | None, now: int | None) -> str:
@@ -89,20 +87,20 @@ def _limit(most: int | None, now: int | None) -> str:
     return f"{most} MiB, of which {left}"
 
 
-def _row(planned: Planned) -> tuple[str, ...]:
-    weights, size, context = planned.weights, planned.size, planned.context
+def _row(planned: Planned) -> tuple[Cell, ...]:
+    weights, needed, context = planned.weights, planned.size, planned.context
     used = "-" if context.used is None else f"{context.used}{' (reduced)' if context.reduced else ''}"
     where = {"download": f"{weights.name} (to be downloaded)", "engine": f"{weights.name} (by the engine)"}
     verdict = planned.judgement.verdict
     return (
-        planned.profile.public_name,
-        planned.profile.kind,
+        cell(planned.profile.public_name),
+        cell(planned.profile.kind, "dim"),
         # The command line has the whole path.
-        where.get(weights.state, PurePath(weights.name).name or weights.name),
-        "-" if weights.size is None else in_words(weights.size),
-        used,
-        "-" if size is None else str(size.need.vram),
-        "-" if size is None else str(size.need.sysmem),
-        "-" if size is None else size.source,
-        "needs eviction" if verdict == "eviction" else verdict,
+        cell(where.get(weights.state, PurePath(weights.name).name or weights.name)),
+        cell("-" if weights.size is None else in_words(weights.size)),
+        cell(used),
+        cell("-" if needed is None else f"{needed.need.vram} MiB"),
+        cell("-" if needed is None else f"{needed.need.sysmem} MiB"),
+        cell("-" if needed is None else needed.source, "dim"),
+        cell("needs eviction" if verdict == "eviction" else verdict, _STYLES.get(verdict, "")),
     )

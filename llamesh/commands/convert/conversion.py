@@ -12,9 +12,10 @@ from typing import Literal
 from llamesh.commands.convert import llama_swap, preset
 from llamesh.commands.convert.recipe import Converted
 from llamesh.commands.convert.render import config_text, cookbook_text
-from llamesh.commands.exit_codes import FAILED, OK
-from llamesh.commands.saying import aside, out
-from llamesh.commands.tables import printable
+from llamesh.commands.shared import exit_codes
+from llamesh.commands.shared.failed import Failed
+from llamesh.commands.shared.saying import aside, out
+from llamesh.commands.shared.words import one_line
 from llamesh.config.cookbook import parse_cookbook
 from llamesh.config.problems import ConfigError
 from llamesh.config.yaml_source import MAX_BYTES, parse_yaml
@@ -54,15 +55,14 @@ def import_file(file: Path, kind: Kind | None, wanted: Wanted) -> int:
         for path, content in files if made.recipes else ():
             _write(path, content, wanted.force)
     except (CannotImport, ConfigError) as error:
-        aside(f"llamesh: {error}")
-        return FAILED
+        raise Failed(str(error)) from None
     if wanted.as_json:
         out(json.dumps({"from": kind, "cookbook": cookbook, "config": config, **_report(made)}, indent=1))
     else:
         if wanted.output is None:
             out(cookbook.rstrip("\n"))
         _say(made)
-    return OK if made.recipes else FAILED
+    return exit_codes.OK if made.recipes else exit_codes.FAILED
 
 
 def kind_of(text: str, file: Path) -> Kind:
@@ -137,9 +137,9 @@ def _report(made: Converted) -> dict[str, object]:
 def _say(made: Converted) -> None:
     aside(f"{len(made.recipes)} taken over, {len(made.left_out)} left out")
     for note in made.notes:
-        aside(printable(f"note: {note}"))
+        aside(one_line(f"note: {note}"))
     for recipe in made.recipes:
         for note in recipe.notes:
-            aside(printable(f"{recipe.name}: {note}"))
+            aside(one_line(f"{recipe.name}: {note}"))
     for left in made.left_out:
-        aside(printable(f"left out: {left.name}: {left.reason}"))
+        aside(one_line(f"left out: {left.name}: {left.reason}"))

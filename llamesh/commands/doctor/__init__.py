@@ -1,35 +1,25 @@
-"""`llamesh doctor`: what is wrong on this machine, and what to do about it.
-
-Exit codes: 0, also with warnings; 1 when something has to be mended. It takes some seconds at most.
-"""
+"""`llamesh doctor`: what is wrong on this machine, and what to do about it."""
 
 from __future__ import annotations
 
-from pathlib import Path
-
-import click
-
-from llamesh.commands.file_options import FilePaths, file_options, json_option
+from llamesh.commands.shared.options import Files, files_options, json_option
+from llamesh.commands.shared.options import command as make
 
 
-@click.command(
-    name="doctor",
-    short_help="Say what is wrong on this machine, and what to do.",
-    epilog="\b\nExamples:\n  llamesh doctor\n"
-    "  llamesh doctor --json | jq '.findings[] | select(.level == \"bad\")'",
+@make(
+    ("llamesh doctor", "what is wrong, and what to do"),
+    ("llamesh doctor --json | jq '.findings[] | select(.level == \"bad\")'", "for a script"),
+    epilog="Exit code 1 when something has to be mended; warnings leave it 0.",
 )
-@file_options
 @json_option
-@click.pass_context
-def command(
-    context: click.Context, config: Path | None, secrets: Path | None, cookbook: Path, as_json: bool
-) -> None:
-    """Look at files, ports, multicast, GPUs, the engine, the clock, peers, limits and the service, and say
-    what is wrong and what mends it. With a node running, its state is asked, too (LLAMESH_API_KEY, or the
-    configuration's own key). Takes some seconds at most, and changes nothing.
+@files_options(cookbook=True)
+def command(as_json: bool, files: Files) -> int:
+    """Say what is wrong on this machine, and what mends it.
 
-    Exit code 1 when something has to be mended.
+    Looks at files, ports, multicast, GPUs, the engine, the clock, peers, limits and the service; with a node
+    running, at its state, too (LLAMESH_API_KEY, or the configuration's own key). Takes some seconds at most,
+    and changes nothing.
     """
     from llamesh.commands.doctor.report import doctor
 
-    context.exit(doctor(FilePaths(config, secrets, cookbook), as_json=as_json))
+    return doctor(files, as_json=as_json)

@@ -19,7 +19,7 @@ from llamesh.commands.doctor.machine import (
 from llamesh.commands.doctor.network import look_at_multicast, look_at_peers
 from llamesh.commands.doctor.ports import look_at_ports
 from llamesh.commands.doctor.running import state_of, version_at
-from llamesh.commands.file_options import FilePaths
+from llamesh.commands.shared.options import Files
 from llamesh.config.check import cross_check
 from llamesh.config.cookbook import Cookbook, load_cookbook
 from llamesh.config.problems import ConfigError
@@ -46,7 +46,7 @@ SECTIONS: dict[str, tuple[Look, float]] = {
 
 
 async def examine_all(
-    files: FilePaths, environ: Mapping[str, str], root: Path = Path("/")
+    files: Files, environ: Mapping[str, str], root: Path = Path("/")
 ) -> dict[str, list[Finding]]:
     """The findings of each section, in their order; sections with nothing to say are left out."""
     patient = await _meet(files, environ, root)
@@ -67,7 +67,7 @@ async def examine_all(
     return {name: found[name] for name in SECTIONS if found[name]}
 
 
-async def _meet(files: FilePaths, environ: Mapping[str, str], root: Path) -> Patient:
+async def _meet(files: Files, environ: Mapping[str, str], root: Path) -> Patient:
     settings, cookbook, mistakes = await trio.to_thread.run_sync(_read, files, environ)
     version, state = "", {}
     if settings is not None:
@@ -78,18 +78,18 @@ async def _meet(files: FilePaths, environ: Mapping[str, str], root: Path) -> Pat
     return Patient(files, environ, settings, cookbook, tuple(mistakes), version, state, root)
 
 
-def _read(files: FilePaths, environ: Mapping[str, str]) -> tuple[Settings | None, Cookbook | None, list[str]]:
+def _read(files: Files, environ: Mapping[str, str]) -> tuple[Settings | None, Cookbook | None, list[str]]:
     """Both files as far as they can be read: one with mistakes needn't keep the other from being used."""
     settings: Settings | None = None
     cookbook: Cookbook | None = None
     mistakes: list[str] = []
     try:
         settings = load_settings(
-            files.config_file,
-            files.secrets_file,
+            files.config,
+            files.secrets,
             environ,
-            required=files.config is not None,
-            secrets_required=files.secrets is not None,
+            required=files.config_required,
+            secrets_required=files.secrets_required,
         )
     except ConfigError as error:
         mistakes += [str(problem) for problem in error.problems]

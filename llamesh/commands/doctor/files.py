@@ -46,8 +46,8 @@ def _configuration(patient: Patient) -> Iterator[Finding]:
         yield bad(mistake, "mend it; `llamesh check` says more")
     files, settings = patient.files, patient.settings
     if settings is not None:
-        there = files.config_file.exists()
-        yield ok(f"{files.config_file} is fine" if there else "there is no config.yaml: every default holds")
+        there = files.config.exists()
+        yield ok(f"{files.config} is fine" if there else "there is no config.yaml: every default holds")
         readable = (_readable_keys(settings, name) for name in ("allowed_keys", "admin_keys"))
         yield from dict.fromkeys(finding for findings in readable for finding in findings)
     if patient.cookbook is not None:

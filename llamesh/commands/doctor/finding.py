@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from llamesh.commands.file_options import FilePaths
+from llamesh.commands.shared.options import Files
 from llamesh.config.cookbook import Cookbook
 from llamesh.config.settings import Settings
 
@@ -43,7 +43,7 @@ class Patient:
     its state document, empty where it isn't to be had. `root` is where /etc, /proc, /run and /sys are.
     """
 
-    files: FilePaths
+    files: Files
     environ: Mapping[str, str]
     settings: Settings | None = None
     cookbook: Cookbook | None = None

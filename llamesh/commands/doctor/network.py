@@ -16,7 +16,7 @@ import trio
 
 from llamesh.commands.doctor.files import other_owner
 from llamesh.commands.doctor.finding import Finding, Patient, bad, ok, warn
-from llamesh.commands.reach import connect, explain, say_hello
+from llamesh.commands.shared.dialling import connect, explain, say_hello
 from llamesh.config.peers import StaticPeer
 from llamesh.config.settings import Settings
 from llamesh.config.values import Address

@@ -8,7 +8,7 @@ import ssl
 from collections.abc import Mapping
 from typing import Any
 
-from llamesh.commands.shared.reach import read_state
+from llamesh.commands.shared.node import read_state
 from llamesh.config.settings import Settings
 
 _SECONDS = 2.0

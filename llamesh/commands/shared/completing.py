@@ -33,8 +33,8 @@ def complete_nodes(ctx: click.Context, param: click.Parameter, incomplete: str) 
 
 def _ask(ctx: click.Context, path: str) -> dict[str, Any] | None:
     """What a node says, None when none does in time. Nothing goes wrong loudly."""
+    from llamesh.commands.shared.node import Reach
     from llamesh.commands.shared.options import Files
-    from llamesh.commands.shared.reach import Reach
 
     given = ctx.params
     found: list[dict[str, Any]] = []

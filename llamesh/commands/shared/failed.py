@@ -7,7 +7,7 @@ from typing import IO, Any, ClassVar
 
 import click
 
-from llamesh.commands import exit_codes
+from llamesh.commands.shared import exit_codes
 
 
 class Failed(click.ClickException):

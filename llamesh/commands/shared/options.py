@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import wraps
 from pathlib import Path
@@ -11,12 +11,13 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from llamesh.cli import FILE_WORDS, file_option, write_examples
+from llamesh.cli import FILE_WORDS, Command, file_option
 from llamesh.commands.shared.failed import BadFiles
 
 if TYPE_CHECKING:
     from llamesh.config.cookbook import Cookbook
     from llamesh.config.settings import Settings
+    from llamesh.config.store import Files as StoredFiles
 
 _USUAL = {"config": "config.yaml", "secrets": "secrets.yaml", "cookbook": "cookbook.yaml"}
 
@@ -54,6 +55,14 @@ class Files:
         except ConfigError as error:
             raise BadFiles(str(error)) from None
 
+    def for_store(self) -> StoredFiles:
+        """The same for `config.store`, which goes on looking at them."""
+        from llamesh.config.store import Files as StoredFiles
+
+        return StoredFiles(
+            self.config, self.cookbook, self.secrets, self.config_required, self.secrets_required
+        )
+
     def read(self) -> tuple[Settings, Cookbook]:
         """Configuration and cookbook, as a node would read them. Raises ConfigError."""
         from llamesh.config.check import load_files
@@ -78,26 +87,12 @@ def files_options(*, cookbook: bool = False) -> Callable[[Callable[..., int]], C
             return function(**given, files=Files.named(**named))
 
         result: Any = called
-        for name in ("secrets", "config", *(("cookbook",) if cookbook else ())):
+        for name in (*(("cookbook",) if cookbook else ()), "secrets", "config"):
             result = file_option(name, FILE_WORDS[name])(result)
         decorated: Callable[..., int] = result
         return decorated
 
     return decorate
-
-
-class ExampleCommand(click.Command):
-    """A command whose help ends with examples."""
-
-    def __init__(self, *args: Any, examples: Sequence[tuple[str, str]] = (), **more: Any) -> None:
-        super().__init__(*args, **more)
-        self.examples = examples
-
-    def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        """The examples, then what else there is to say."""
-        if self.examples:
-            write_examples(formatter, self.examples)
-        super().format_epilog(ctx, formatter)
 
 
 def command(
@@ -106,7 +101,7 @@ def command(
     """A command that its function's docstring explains; `examples` are lines and what they do."""
 
     def decorate(function: Callable[..., Any]) -> click.Command:
-        made = click.command(cls=ExampleCommand, examples=examples, epilog=epilog)(function)
+        made = click.command(cls=Command, examples=examples, epilog=epilog)(function)
         assert isinstance(made, click.Command)  # noqa: S101
         return made
 

@@ -74,7 +74,8 @@ def _table(sheet: Sheet, width: int, most: int, *, wraps: bool) -> RenderableTyp
     table = Table(
         box=None, show_header=_headed(sheet), header_style="dim", padding=(0, _GAP, 0, 0), pad_edge=False
     )
-    chosen = _fitting(sheet, width - _MARGIN)
+    margin = _MARGIN if sheet.title else 0
+    chosen = _fitting(sheet, width - margin)
     for number, columns in chosen.items():
         column = sheet.columns[number]
         table.add_column(
@@ -86,10 +87,10 @@ def _table(sheet: Sheet, width: int, most: int, *, wraps: bool) -> RenderableTyp
         )
     for row in rows:
         table.add_row(*(_text(row[number]) for number in chosen))
-    shown = Padding(table, (0, 0, 0, _MARGIN))
+    shown = Padding(table, (0, 0, 0, margin))
     if not left_out:
         return shown
-    more = Text(f"{' ' * _MARGIN}… {len(sheet.rows) - len(rows)} more", style="dim")
+    more = Text(f"{' ' * margin}… {len(sheet.rows) - len(rows)} more", style="dim")
     return Group(shown, more) if rows else more
 
 

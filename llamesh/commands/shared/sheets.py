@@ -1,11 +1,13 @@
-"""Tables, and how they are written as plain text. `screen` draws the same ones with colours."""
+"""Tables, and how they are printed: as plain text here, with colours by `screen`."""
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
+from llamesh.commands.shared.saying import out
 from llamesh.commands.shared.words import one_line
 
 
@@ -43,8 +45,23 @@ def cell(value: object, style: str = "") -> Cell:
     return Cell(one_line(str(value)), style)
 
 
+def show(sheets: Iterable[Sheet], heading: str = "") -> None:
+    """Print tables to stdout, below a heading if there is one: drawn at a terminal, plain anywhere else."""
+    if not sys.stdout.isatty():
+        out((f"{heading}\n\n" if heading else "") + plain(sheets).rstrip("\n"))
+        return
+    # Late: it imports rich, megabytes that only a person at a terminal pays for.
+    from llamesh.commands.shared.screen import console, drawn
+
+    screen = console()
+    if heading:
+        screen.print(heading, style="dim")
+        screen.print()
+    screen.print(drawn(sheets, screen.width))
+
+
 def plain(sheets: Iterable[Sheet]) -> str:
-    """For files and pipes: every column, as wide as it has to be, two spaces between."""
+    """For files and pipes: every column, as wide as it has to be; below a title, indented."""
     return "\n".join(block for sheet in sheets if (block := _plain(sheet)))
 
 
@@ -56,11 +73,11 @@ def _plain(sheet: Sheet) -> str:
     if not any(titles):
         del rows[0]
     widths = [max(len(row[number]) for row in rows) for number in range(len(sheet.columns))]
-    lines = [sheet.title] if sheet.title else []
+    lines, margin = ([sheet.title], "  ") if sheet.title else ([], "")
     for row in rows:
         cells = [
             text.rjust(width) if column.right else text.ljust(width)
             for text, width, column in zip(row, widths, sheet.columns, strict=True)
         ]
-        lines.append(("  " + "  ".join(cells)).rstrip())
+        lines.append((margin + "  ".join(cells)).rstrip())
     return "\n".join(lines) + "\n"

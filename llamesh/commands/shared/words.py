@@ -5,8 +5,9 @@ from __future__ import annotations
 import re
 
 # What a terminal takes as more than text: all controls but tab and newline. Names and lines of a log come
-# from anywhere in the mesh.
-_CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069]")
+# from anywhere in the mesh. Halves of surrogates can't be written at all: Python makes them of a file's name
+# that isn't UTF-8.
+_CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 
 
 def clean(text: str) -> str:

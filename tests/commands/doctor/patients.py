@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from llamesh.commands.doctor.finding import Finding, Patient
-from llamesh.commands.file_options import FilePaths
+from llamesh.commands.shared.options import Files
 from llamesh.config.check import load_files
 
 #: Of no use to anybody, and nowhere else in what the doctor could say.
@@ -22,8 +22,7 @@ def patient(folder: Path, config: dict[str, Any] | None = None, cookbook: Any = 
     document = {"metrics_path": str(folder / "metrics.json"), **(config or {})}
     cluster = document.get("cluster", {})
     document["cluster"] = {**cluster, "noise": {**noise, **cluster.get("noise", {})}}
-    paths = FilePaths(folder / "config.yaml", folder / "secrets.yaml", folder / "cookbook.yaml")
-    assert paths.config is not None
+    paths = Files.named(folder / "config.yaml", folder / "secrets.yaml", folder / "cookbook.yaml")
     paths.config.write_text(json.dumps(document))
     paths.cookbook.write_text(json.dumps({"models": cookbook or []}))
     settings, recipes = load_files(paths.config, paths.cookbook, None, {})

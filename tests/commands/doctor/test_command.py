@@ -16,7 +16,7 @@ from llamesh.commands.doctor import command, examination
 from llamesh.commands.doctor.examination import examine_all
 from llamesh.commands.doctor.finding import Finding, Patient, ok
 from llamesh.commands.doctor.running import version_at
-from llamesh.commands.file_options import FilePaths
+from llamesh.commands.shared.options import Files
 from llamesh.config.settings import Settings, load_settings
 from tests.commands.cli import run
 from tests.commands.doctor.patients import SECRET
@@ -92,7 +92,7 @@ async def test_a_section_that_hangs_or_breaks_holds_up_nobody(
 
     sections = {"hangs": (hangs, 3.0), "breaks": (breaks, 3.0), "works": (works, 3.0)}
     monkeypatch.setattr(examination, "SECTIONS", sections)
-    found = await examine_all(FilePaths(), {}, tmp_path)
+    found = await examine_all(Files(), {}, tmp_path)
     assert trio.current_time() < 10
     assert found["hangs"][0].level == "warn"
     assert "what nobody foresaw" in found["breaks"][0].text
@@ -106,7 +106,7 @@ async def test_with_a_node_that_runs(tmp_path: Path) -> None:
         document = json.loads((directory / "config.yaml").read_text())
         document["listen_addr"] = f"127.0.0.1:{node.port}"
         write(str(directory / "config.yaml"), document)
-        paths = FilePaths(directory / "config.yaml", None, directory / "cookbook.yaml")
+        paths = Files.named(directory / "config.yaml", None, directory / "cookbook.yaml")
         found = await examine_all(paths, {"PATH": "/nowhere", "HOME": str(tmp_path)}, tmp_path)
         assert "a llamesh node runs there, version" in found["ports"][0].text
         settings = load_settings(directory / "config.yaml", None, {})

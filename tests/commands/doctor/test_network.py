@@ -18,7 +18,7 @@ from llamesh.commands.doctor.ports import look_at_ports
 from llamesh.config.values import Address
 from llamesh.mesh.identity import Identity, load_identity
 from tests.commands.doctor.patients import patient, said
-from tests.commands.test_reach import listening, node, saying, silent
+from tests.commands.test_dialling import listening, node, saying, silent
 
 
 @contextlib.contextmanager

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from llamesh.commands.doctor.examination import examine_all
 from llamesh.commands.doctor.finding import Finding
-from llamesh.commands.file_options import FilePaths
+from llamesh.commands.shared.options import Files
 from tests.end_to_end.mesh.parts import NO_MODELS
 from tests.support.fake import FAKE_LLAMA_SERVER
 from tests.support.mesh import Member, running_mesh
@@ -15,7 +15,7 @@ from tests.support.mesh import Member, running_mesh
 async def findings(member: Member, tmp_path: Path) -> dict[str, list[Finding]]:
     folder = member.directory
     environ = {"PATH": "/nowhere", "HF_HOME": str(tmp_path / "hub")}
-    return await examine_all(FilePaths(folder / "config.yaml", None, folder / "cookbook.yaml"), environ)
+    return await examine_all(Files.named(folder / "config.yaml", None, folder / "cookbook.yaml"), environ)
 
 
 def lines(found: list[Finding]) -> list[str]:

@@ -11,8 +11,8 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 import pytest
 import trio
 
-from llamesh.commands import reach as reach_module
-from llamesh.commands.reach import Outcome, explain, reach
+from llamesh.commands.shared import dialling
+from llamesh.commands.shared.dialling import Outcome, explain, reach
 from llamesh.config.settings import Address
 from llamesh.mesh import stream
 from llamesh.mesh.hello import Hello, Welcome
@@ -147,7 +147,7 @@ async def test_silence(monkeypatch: pytest.MonkeyPatch) -> None:
 
 async def test_a_backlog_that_is_full(monkeypatch: pytest.MonkeyPatch) -> None:
     """The system there answers nothing, as behind a firewall that drops."""
-    monkeypatch.setattr(reach_module, "STEP_SECONDS", 0.05)
+    monkeypatch.setattr(dialling, "STEP_SECONDS", 0.05)
     with socket.socket() as listener, contextlib.ExitStack() as filling:
         listener.bind(("127.0.0.1", 0))
         listener.listen(0)
