@@ -1,4 +1,4 @@
-"""What the documents have people type, open and set is there: commands, options, links, keys, metrics, paths."""
+"""What the documents have people type and set is there: commands, options, links, keys, metrics, paths."""
 
 from __future__ import annotations
 
