@@ -24,6 +24,7 @@ from llamesh.config.problems import ConfigError
 from llamesh.config.yaml_source import read_yaml
 from llamesh.core.model_files import NoSuchModel, choose
 from llamesh.local.weights import WeightsError, find_cache
+from llamesh.local.weights.errors import Unreachable
 from llamesh.local.weights.hub import list_repo
 from llamesh.local.weights.progress import in_words
 
@@ -91,6 +92,8 @@ def _check(named: Named) -> str:
         files = choose(list_repo(repo).files, file=named.source.file, quant=quant).files
     except NoSuchModel as error:
         raise Failed(f"{repo}: {error}") from None
+    except Unreachable as error:
+        raise Failed(f"{error}. To add it all the same: `llamesh add --no-check`") from None
     size = in_words(sum(file.size for file in files))
     return f": {files[0].name}, {size}, fetched when it is first asked for (or now, with `llamesh pull`)"
 
@@ -159,6 +162,14 @@ def _write(target: Path, text: str) -> None:
         os.replace(temporary, target)
     except OSError as error:
         raise Failed(f"{target} can't be written: {error.strerror}") from None
+
+
+EMPTY_COOKBOOK = """\
+# The models of this node. `llamesh add OWNER/NAME:QUANTISATION` (or a path) appends one;
+# cookbook.example.yaml lists every key. A node that runs takes changes in within a second.
+
+models: []
+"""
 
 
 def write_new(path: Path, text: str) -> None:

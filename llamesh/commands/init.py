@@ -7,7 +7,7 @@ from pathlib import Path
 import click
 import psutil
 
-from llamesh.commands.add import add, write_new
+from llamesh.commands.add import EMPTY_COOKBOOK, add, write_new
 from llamesh.commands.shared import exit_codes
 from llamesh.commands.shared.failed import Failed
 from llamesh.commands.shared.named import MODEL_WORDS, Wishes, wishes_options
@@ -42,13 +42,6 @@ listen_addr: 127.0.0.1:8080
 # disk_budget_gb: 100
 """
 
-_COOKBOOK = """\
-# The models of this node. `llamesh add OWNER/NAME:QUANTISATION` (or a path) appends one;
-# cookbook.example.yaml lists every key. A node that runs takes changes in within a second.
-
-models: []
-"""
-
 
 @make(
     ("llamesh init ggml-org/gemma-3-1b-it-GGUF:Q4_K_M", "and a first model"),
@@ -75,7 +68,7 @@ def command(model: str | None, models_dir: Path | None, wishes: Wishes, files: F
             write_new(config, _config(models_dir))
             out(f"wrote {config}")
         if not cookbook.exists():
-            write_new(cookbook, _COOKBOOK)
+            write_new(cookbook, EMPTY_COOKBOOK)
             out(f"wrote {cookbook}")
     except (Failed, ConfigError, WeightsError) as error:
         return fail(error)

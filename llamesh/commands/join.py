@@ -17,6 +17,7 @@ from pathlib import Path
 import click
 
 from llamesh.commands import config_edit
+from llamesh.commands.add import EMPTY_COOKBOOK, write_new
 from llamesh.commands.config_edit import CannotEdit
 from llamesh.commands.shared import exit_codes
 from llamesh.commands.shared.dialling import reach
@@ -50,7 +51,8 @@ def command(line: str, force: bool, files: Files) -> int:
     """Make this machine's node a part of the mesh that an invitation comes from.
 
     LINE is what `llamesh invite` printed; `-` asks for it or reads it. Takes over the token and the key, sets
-    cluster.enabled and cluster.peers in the configuration, and looks whether the mesh can be reached.
+    cluster.enabled and cluster.peers in the configuration, writes an empty cookbook where there is none, and
+    looks whether the mesh can be reached.
     """
     try:
         return _join(line, files, force)
@@ -121,7 +123,15 @@ def _set_up(invitation: Invitation, files: Files, force: bool) -> tuple[Settings
         f"(key {fingerprint(invitation.key)}): token in {store.directory}, "
         f"{'changed' if changed != text else 'nothing to change in'} {files.config}."
     )
+    _give_cookbook(files.config.with_name("cookbook.yaml"))
     return settings, identity, known
+
+
+def _give_cookbook(path: Path) -> None:
+    """A node needs one to start, and may have nothing of its own to offer: what the mesh has is enough."""
+    if not path.exists():
+        write_new(path, EMPTY_COOKBOOK)
+        out(f"wrote {path}, without models: `llamesh add` brings some, and the mesh has its own.")
 
 
 def _load(path: Path, files: Files) -> Settings:

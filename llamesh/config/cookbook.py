@@ -160,7 +160,8 @@ def load_cookbook(path: Path) -> Cookbook:
 
     A relative `model_path` counts from the file's folder, and `~` is the home directory.
     """
-    return parse_cookbook(read_yaml(path), path.absolute().parent)
+    document = read_yaml(path, absent="check the path; `llamesh init` writes one")
+    return parse_cookbook(document, path.absolute().parent)
 
 
 def parse_cookbook(document: Document, folder: Path) -> Cookbook:

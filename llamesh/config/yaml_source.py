@@ -56,9 +56,9 @@ class Document:
     problems: tuple[Problem, ...] = ()
 
 
-def read_yaml(path: Path) -> Document:
-    """Read one file; `ConfigError` when it can't be read or isn't YAML."""
-    text = _read_text(path)
+def read_yaml(path: Path, *, absent: str = "check the path") -> Document:
+    """Read one file; `ConfigError` when it can't be read or isn't YAML. absent: advice when there is none."""
+    text = _read_text(path, absent)
     return parse_yaml(text, str(path))
 
 
@@ -94,7 +94,7 @@ def _syntax_hint(words: str) -> str:
     return "check the indentation and the quotes of this line and the one before it"
 
 
-def _read_text(path: Path) -> str:
+def _read_text(path: Path, absent: str) -> str:
     file = str(path)
     try:
         # Looked at before it is opened: opening a pipe without a writer would wait for ever.
@@ -106,7 +106,7 @@ def _read_text(path: Path) -> str:
         with path.open("rb") as source:
             raw = source.read(MAX_BYTES + 1)
     except FileNotFoundError:
-        raise _refused(file, None, "doesn't exist", "check the path") from None
+        raise _refused(file, None, "doesn't exist", absent) from None
     except PermissionError:
         raise _refused(file, None, "can't be read", "allow this user to read it") from None
     except (OSError, ValueError) as error:

@@ -46,6 +46,10 @@ from llamesh.web.state_schema import (
 
 _MIB = 1 << 20
 
+# Of a larger cookbook, an idle profile is looked at every so many times.
+_FEW = 40
+_TURNS = 4
+
 # How often model files are looked for, and how long a disk may take to answer.
 _LOOK_SECONDS = 5.0
 _LOOK_PATIENCE = 1.0
@@ -76,6 +80,8 @@ class OwnState:
         self._started = time.time()
         self._missing: frozenset[str] = frozenset()
         self._look_again = 0.0
+        self._told: dict[str, tuple[CookbookProfile, Profile]] = {}
+        self._turn = 0
 
     @property
     def node_id(self) -> str:
@@ -91,7 +97,7 @@ class OwnState:
         """Everything, as it is now."""
         return Part(
             self._node(),
-            [self._profile(p) for p in self._store.current.cookbook.profiles[:MOST_MODELS]],
+            self._profiles(),
             self._instances(),
             self.requests(),
             self.attention.concerns(self.node_id, self.findings()),
@@ -193,6 +199,29 @@ class OwnState:
             _mib(_used(system)),
             sum(1 for record in self.recorder.live.values() if not record.peer),
         )
+
+    def _profiles(self) -> list[Profile]:
+        """In a large cookbook those with nothing going on take turns: what could be started is worked out
+        from the memory of all, and costs a tenth of a millisecond each.
+        """
+        profiles = self._store.current.cookbook.profiles[:MOST_MODELS]
+        before, self._told = self._told, {}
+        self._turn = (self._turn + 1) % _TURNS
+        for number, profile in enumerate(profiles):
+            key = profile.key
+            known = before.get(key)
+            if (
+                known is None
+                or known[0] is not profile
+                or len(profiles) <= _FEW
+                or number % _TURNS == self._turn
+                or known[1].cell.instances
+                or self._pool.instances(key)
+                or self._dispatch.queue_length(key)
+            ):
+                known = (profile, self._profile(profile))
+            self._told[key] = known
+        return [told for _, told in self._told.values()]
 
     def _profile(self, profile: CookbookProfile) -> Profile:
         learned = self._learned.of(profile.key)

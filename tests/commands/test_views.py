@@ -142,6 +142,15 @@ def test_models_say_where_they_are() -> None:
     assert (n["where"], n["context"]) == ("failed: a", "-")
 
 
+def test_weights_that_a_request_fetches_are_not_called_missing() -> None:
+    document = state()
+    document["models"][1]["nodes"] = {
+        node: {"state": "missing", "download": download, "tps": None, "queue": 0}
+        for node, download in (("a", "needed"), ("b", "coming"), ("c", None))
+    }
+    assert rows(models(document))[1]["where"] == "downloading: b; to download: a; missing: c"
+
+
 def test_instances_and_requests() -> None:
     [one] = rows(instances(state(), NOW))
     assert (one["state"], one["slots"], one["memory"]) == (

@@ -257,4 +257,5 @@ def test_a_file_that_is_no_mapping(tmp_path: Path, text: str) -> None:
 def test_a_cookbook_that_is_not_there(tmp_path: Path) -> None:
     with pytest.raises(ConfigError) as caught:
         load_cookbook(tmp_path / "cookbook.yaml")
-    assert str(caught.value) == f"{tmp_path / 'cookbook.yaml'}: doesn't exist (check the path)"
+    missing = tmp_path / "cookbook.yaml"
+    assert str(caught.value) == f"{missing}: doesn't exist (check the path; `llamesh init` writes one)"

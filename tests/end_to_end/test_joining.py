@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import trio
 
+from llamesh.config.cookbook import load_cookbook
 from llamesh.config.settings import Address
 from llamesh.config.yaml_source import read_yaml
 from llamesh.mesh.hello import Hello, Refused, Welcome
@@ -181,6 +182,16 @@ def test_a_new_configuration_file(box_a: Machine, box_b: Machine) -> None:
     assert box_b.run("join", line, "--config", "new.yaml").returncode == 3
     assert read_yaml(box_b.directory / "new.yaml").data == {"cluster": {"enabled": True}}
     assert not box_b.config.exists()
+    # A node doesn't start without a cookbook, and one that joins may have nothing to put into it.
+    assert load_cookbook(box_b.directory / "cookbook.yaml").profiles == ()
+
+
+def test_a_cookbook_that_is_there_stays(box_a: Machine, box_b: Machine) -> None:
+    cookbook = box_b.directory / "cookbook.yaml"
+    cookbook.write_text("models: []  # mine\n")
+    line = encode("box-a", box_a.identity().public, box_a.say("token"), ())
+    assert box_b.run("join", line).returncode == 3
+    assert cookbook.read_text() == "models: []  # mine\n"
 
 
 @pytest.mark.parametrize(

@@ -15,11 +15,26 @@ _CELL_STYLES = {
     "loading": "busy",
     "failed": "bad",
     "missing": "dim",
+    "to download": "dim",
+    "downloading": "busy",
     "never": "dim",
     "unknown": "dim",
 }
 # In this order: what can be used first.
-_CELL_STATES = ("loaded", "loading", "fits", "needs_eviction", "failed", "missing", "never", "unknown")
+_CELL_STATES = (
+    "loaded",
+    "loading",
+    "fits",
+    "needs eviction",
+    "downloading",
+    "to download",
+    "failed",
+    "missing",
+    "never",
+    "unknown",
+)
+# A file that isn't here isn't amiss where a request fetches it.
+_DOWNLOADS = {"needed": "to download", "coming": "downloading"}
 _INSTANCE_STYLES = {"ready": "good", "starting": "busy", "draining": "warn", "stopping": "warn"}
 _PHASE_STYLES = {"decode": "good", "prefill": "busy", "queued": "warn", "loading": "warn"}
 
@@ -158,12 +173,13 @@ def models(state: State) -> Sheet:
 def _where(by_node: dict[str, State]) -> Cell:
     groups: dict[str, list[str]] = {}
     for node, one in by_node.items():
-        groups.setdefault(one["state"], []).append(node)
+        state = _DOWNLOADS.get(one["download"] or "") if one["state"] == "missing" else None
+        groups.setdefault(state or one["state"].replace("_", " "), []).append(node)
     order = [state for state in _CELL_STATES if state in groups]
     order += [state for state in groups if state not in _CELL_STATES]
     if not order:
         return cell("nowhere", "dim")
-    words = "; ".join(f"{state.replace('_', ' ')}: {', '.join(groups[state])}" for state in order)
+    words = "; ".join(f"{state}: {', '.join(groups[state])}" for state in order)
     return cell(words, _CELL_STYLES.get(order[0], ""))
 
 
