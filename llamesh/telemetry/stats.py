@@ -73,6 +73,15 @@ class Usage:
     predicted_ms: float = 0.0
     prompt_ms: float = 0.0
 
+    def multiply(self, answers: int) -> None:
+        """One of so many answers to one request said this: llama-server never tells the sum."""
+        if self.prompt_tokens:  # not those of a stream that was cut: its events are of all answers
+            self.prompt_tokens *= answers
+            self.cached_tokens *= answers
+            self.completion_tokens *= answers
+            self.predicted_ms *= answers
+            self.prompt_ms *= answers
+
 
 Source = Literal["client", "peer"]
 

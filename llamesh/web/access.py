@@ -108,6 +108,11 @@ class Access:
         name = self._callers[found[0]].name
         raise Forbidden(f"the key {name} may not administer; use one of auth.admin_keys")
 
+    def check_by_get(self, headers: Headers) -> None:
+        """For an act by GET, after `check_admin`."""
+        if not self._enabled:
+            self.sites.check_by_get(headers)
+
     def check_model(self, caller: Caller, model: str, profile: str) -> None:
         """Raises Forbidden when the caller's key has a list of models, and this isn't among them."""
         if caller.models is not None and not self.may_use(caller, model, profile):

@@ -43,7 +43,7 @@ class Inbound:
 
     `travel`: how it came through the mesh; `waiting_for()`: what it waits for now, for people;
     `caller`: whose key it has; `told`: headers that its answer gets besides, whatever it is; `address`: of
-    the connection's other end, where somebody wants to know it.
+    the connection's other end, where somebody wants to know it; `answers`: how many it asks for.
     """
 
     path: bytes
@@ -57,6 +57,7 @@ class Inbound:
     told: Headers | None = None
     waiting_for: Callable[[], str] = working
     address: str = ""
+    answers: int = 1
 
 
 @dataclass(slots=True)

@@ -133,6 +133,8 @@ class Gateway:
                 profile_stats.current_requests -= 1
                 if origin:
                     self._dispatch.count_origin(origin, key, -1)
+            if inbound.answers > 1:
+                outcome.usage.multiply(inbound.answers)
             if counted:
                 quota.settle(caller, outcome.usage, time.time())
             self._account(inbound, key, profile_stats, outcome)
@@ -198,7 +200,7 @@ class Gateway:
             elif name in SESSION_HEADERS:
                 session = session or value
         wish = read_wish(content_type, inbound.query, inbound.body.view())
-        travel = inbound.travel
+        inbound.answers, travel = wish.answers, inbound.travel
         if travel.model:
             wish = replace(wish, model=travel.model)
         profile = choose_profile(

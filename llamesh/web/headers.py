@@ -53,6 +53,11 @@ _DROPPED_FROM_CLIENT = frozenset(
     ]
 )
 
+# With it llama-server keeps an answer for whoever names the conversation later, and goes on writing when the
+# client has left: other keys could read it, and a slot that is free here would be busy there. A peer gets it,
+# as a hint where the conversation's cache is.
+RESUMES = b"x-conversation-id"
+
 _STATUS_LINES = {s.value: f"HTTP/1.1 {s.value} {s.phrase}\r\n".encode() for s in HTTPStatus}
 
 # Ids have to be different, not secret: a call into the kernel for each would cost 6 % of the hot path.
@@ -88,6 +93,7 @@ def upstream_request(
     length: int,
     id: str,  # noqa: A002
     key_header: bytes,
+    to_peer: bool = False,
     more: Headers = NONE,
 ) -> bytes:
     """The head of the request to a llama-server or a peer. `key_header`: the configured header for client
@@ -101,6 +107,7 @@ def upstream_request(
         if (
             name not in _DROPPED_FROM_CLIENT
             and name != key_header
+            and (to_peer or name != RESUMES)
             and not name.startswith((b"x-llamesh-", b"x-llama-mesh-"))
         ):
             lines += (b"\r\n", name, b": ", value)

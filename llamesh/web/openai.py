@@ -7,9 +7,10 @@ objects of it; it still checks that the whole is JSON, so llama-server never see
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from types import MappingProxyType
-from typing import Literal
+from typing import Any, Literal
 from urllib.parse import parse_qs
 
 import msgspec
@@ -59,25 +60,30 @@ class _Wanted(msgspec.Struct):
     prompt: msgspec.Raw = msgspec.Raw(b"")
     input: msgspec.Raw = msgspec.Raw(b"")
     tools: msgspec.Raw = msgspec.Raw(b"")
+    n: msgspec.Raw = msgspec.Raw(b"")
+    n_cmpl: msgspec.Raw = msgspec.Raw(b"")
     system: msgspec.Raw = msgspec.Raw(b"")
     instructions: msgspec.Raw = msgspec.Raw(b"")
     prompt_cache_key: msgspec.Raw = msgspec.Raw(b"")
     session_id: msgspec.Raw = msgspec.Raw(b"")
 
 
+_decode_prompts = msgspec.json.Decoder(list[str | list[Any] | dict[str, Any]]).decode
 _decode = msgspec.json.Decoder(_Wanted).decode
 
 
 @dataclass(frozen=True, slots=True)
 class Wish:
     """What a request says of itself: `model` as written, None when it names none; `max_tokens`: the longest
-    answer that it takes, 0 when it doesn't say. `wanted`: what else was in its body, None for a form.
+    answer that it takes, 0 when it doesn't say; `answers`: how many of them it wants. `wanted`: what else was
+    in its body, None for a form.
     """
 
     model: str | None
     streams: bool
     max_tokens: int = 0
     wanted: _Wanted | None = field(default=None, compare=False, repr=False)
+    answers: int = 1
 
 
 def read_wish(content_type: bytes, query: bytes, body: bytes | memoryview) -> Wish:
@@ -96,8 +102,9 @@ def read_wish(content_type: bytes, query: bytes, body: bytes | memoryview) -> Wi
     model_json, streams = bytes(wanted.model), bytes(wanted.stream) == b"true"
     limit = bytes(wanted.max_tokens) or bytes(wanted.max_completion_tokens)
     most = int(limit) if limit.isdigit() and len(limit) < 10 else 0
+    answers = _answers(wanted)
     if not model_json:
-        return Wish(_from_query(query), streams, most, wanted)
+        return Wish(_from_query(query), streams, most, wanted, answers)
     try:
         model = msgspec.json.decode(model_json)
     except (msgspec.MsgspecError, UnicodeDecodeError) as error:
@@ -105,7 +112,26 @@ def read_wish(content_type: bytes, query: bytes, body: bytes | memoryview) -> Wi
     if not isinstance(model, str) or not model:
         what = "null" if model is None else "empty" if model == "" else "not text"
         raise InvalidRequest(f"`model` is {what}; name a model of GET /v1/models", param="model")
-    return Wish(model, streams, most, wanted)
+    return Wish(model, streams, most, wanted, answers)
+
+
+# More than anybody's slots have; what is above is refused by llama-server.
+_MOST_CHOICES = 1024
+
+
+def _answers(wanted: _Wanted) -> int:
+    """How many answers llama-server makes of it: `n` for each of the prompts, where `prompt` is a list of
+    them. (A list with a number in it is one prompt.)
+    """
+    prompts = choices = 1
+    count = bytes(wanted.n_cmpl) or bytes(wanted.n)
+    if count and count != b"null":
+        with suppress(ValueError, OverflowError):
+            choices = max(1, min(int(float(count)), _MOST_CHOICES))
+    if len(wanted.prompt) and bytes(memoryview(wanted.prompt)[:1]) == b"[":
+        with suppress(msgspec.MsgspecError):
+            prompts = max(1, len(_decode_prompts(wanted.prompt)))
+    return prompts * choices
 
 
 # What clients call the conversation that a request belongs to. (`user` is a person, not a conversation.)

@@ -354,6 +354,7 @@ class Relay:
             length=inbound.body.length,
             id=inbound.request_id,
             key_header=self._key_header,
+            to_peer=not isinstance(lease, Lease),
             more=more,
         )
 

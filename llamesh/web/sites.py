@@ -11,6 +11,7 @@ attacker's page can't know it by a name that nobody but the operator, or nobody 
 | state, logs, an instance's own pages | always looked at | the node's own or an allowed one |
 | the dashboard's page | always looked at | any: it may be linked to |
 | administration | always looked at | the node's own or an allowed one; `*` isn't enough |
+| administration by GET | must be this machine's | none of another site |
 
 A web page is what sends `Origin`, `Referer` or `Sec-Fetch-Site`: command lines, SDKs and Prometheus send none
 of them. (`Sec-Fetch-Mode` alone is sent by Node.js, too.) An allowed origin is one of
@@ -123,6 +124,20 @@ class Sites:
         if said.site in ("cross-site", "same-site"):
             raise Forbidden("without auth.enabled, pages of other sites may not administer")
 
+    def check_by_get(self, headers: Headers) -> None:
+        """For an act by GET, after `check_admin`: a page's image sends no `Origin`, and `Sec-Fetch-Site` only
+        to names that the browser itself knows to be this machine. The host name is often this machine, too.
+        """
+        said = _said(headers)
+        if said.site or said.origins:
+            return  # they told, and were looked at
+        for host in said.hosts:
+            if host and not _is_this_machine(host):
+                raise Forbidden(
+                    f"without auth.enabled, an act by GET is possible at 127.0.0.1 or localhost only, not at "
+                    f"{_shown(host)}; or use POST /admin/unload"
+                )
+
     def check_keyed(self, headers: Headers) -> None:
         """For administration with a key."""
         said = _said(headers)
@@ -193,6 +208,17 @@ def _said(headers: Headers) -> _Said:
         elif name == b"sec-fetch-dest":
             destination = value.decode("latin-1").lower()
     return _Said(hosts, origins, site, mode == "navigate" and destination == "document")
+
+
+def _is_this_machine(host: str) -> bool:
+    """Whether browsers hold it for trustworthy without TLS (W3C Secure Contexts, 3.1)."""
+    found = _HOST.fullmatch(host)
+    if found is None:
+        return False
+    name = found["v6"] or found["name"].removesuffix(".")
+    if _is_address(name):
+        return ipaddress.ip_address(name).is_loopback
+    return name == "localhost" or name.endswith(".localhost")
 
 
 def _is_address(text: str) -> bool:

@@ -44,7 +44,7 @@ from llamesh.telemetry.audit import Audit
 from llamesh.web.access import Access
 from llamesh.web.audited import Deed, audited
 from llamesh.web.direct import Call, only_get
-from llamesh.web.headers import pass_back
+from llamesh.web.headers import RESUMES, pass_back
 from llamesh.web.prewarm import Prewarm
 
 PREFIX = "/upstream/"
@@ -57,7 +57,7 @@ _READING = ("GET", "HEAD")
 _FORBIDDEN = frozenset({"tools", "cors-proxy"})
 
 # What isn't passed to the child: hop-by-hop, keys, who asks.
-_DROPPED = frozenset(
+_DROPPED = frozenset({RESUMES}) | frozenset(
     b"authorization connection content-length cookie expect host keep-alive origin proxy-authorization "
     b"proxy-connection referer te trailer transfer-encoding upgrade x-api-key x-request-id".split()
 )

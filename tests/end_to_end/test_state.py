@@ -419,7 +419,13 @@ async def test_an_instance_spoken_to_directly(tmp_path: Path) -> None:
         reply = await client.post(
             "/upstream/m/lora-adapters?x=1",
             content=b"[1]",
-            headers={"cookie": "secret", "x-api-key": "secret", "x-mine": "kept", "x-llamesh-via": "b"},
+            headers={
+                "cookie": "secret",
+                "x-api-key": "secret",
+                "x-conversation-id": "secret",
+                "x-mine": "kept",
+                "x-llamesh-via": "b",
+            },
         )
         seen = reply.text
         assert "POST /lora-adapters?x=1" in seen

@@ -146,7 +146,7 @@ def test_load_and_unload_by_the_names_of_neighbours(ruled: Served, lane: str) ->
     assert {entry["model"] for entry in running} == {"m", "other"}
     ids = {entry["model"]: entry["instance"] for entry in running}
     assert tell(ruled, "/models/unload", {"model": "m"}) == {"success": True, "unloading": [ids["m"]]}
-    reply = ruled.ask(lane, None, "/unload", method="GET")
+    reply = ruled.ask(lane, None, "/unload", method="GET", host="localhost")
     assert (reply.status, ids["other"] in reply.json()["unloading"]) == (200, True)
     ruled.wait(lambda: ruled.page("/running")["running"] == [], "all gone")
     assert tell(ruled, "/admin/unload") == {"unloading": []}
@@ -178,7 +178,8 @@ def test_this_node_by_its_name(ruled: Served) -> None:
     assert tell(ruled, "/admin/prewarm", {"model": "m", **me}) == {"model": "m", "status": "loaded", **me}
     assert tell(ruled, "/admin/unload", {"model": "m", **me})["node"] == "node-a"
     for path in ("/admin/builds?node=node-a", "/unload?node=node-a"):
-        assert ruled.page(path)["node"] == "node-a"
+        reply = ruled.ask("fast", None, path, method="GET", host="localhost")
+        assert reply.json()["node"] == "node-a"
     reply = ruled.ask("fast", None, "/admin/builds?node=node-b", method="GET")
     assert (reply.status, "node-a is alone" in reply.error["message"]) == (400, True)
 

@@ -58,6 +58,7 @@ def test_the_request_to_a_child() -> None:
             (b"x-llamesh-via", b"client"),
             (b"content-type", b"application/json"),
             (b"x-session-id", b"s"),
+            (b"x-conversation-id", b"c"),
         ],
         host=b"inside",
         authorization=b"Bearer child",
@@ -75,6 +76,22 @@ def test_the_request_to_a_child() -> None:
         b"x-request-id": b"r1",
         b"content-length": b"5",
     }
+
+
+@pytest.mark.parametrize("to_peer", [True, False])
+def test_only_a_peer_learns_the_conversation(to_peer: bool) -> None:
+    """llama-server would keep the answer under its name, for any key to read, and write on for nobody."""
+    head = upstream_request(
+        b"/v1/chat/completions",
+        [(b"x-conversation-id", b"c")],
+        host=b"inside",
+        authorization=b"",
+        length=0,
+        id="r1",
+        key_header=b"x-api-key",
+        to_peer=to_peer,
+    )
+    assert (b"x-conversation-id" in head) is to_peer
 
 
 @pytest.mark.parametrize(

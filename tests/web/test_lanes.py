@@ -155,6 +155,7 @@ def test_the_child_sees_the_body_and_no_keys(node: Served, lane: str) -> None:
         "Origin": "https://evil.example",
         "X-Llamesh-Attempt": "9",
         "X-Session-Id": "s1",
+        "X-Conversation-Id": "c1",  # llama-server would keep the answer for whoever names it
         "X-Request-Id": "mine",
     }
     reply = node.ask(lane, body, "/v1/completions?a=b%20c", sent)
@@ -166,5 +167,6 @@ def test_the_child_sees_the_body_and_no_keys(node: Served, lane: str) -> None:
     assert b"evil" not in lines
     assert b"x-llamesh" not in lines
     assert b"x-session-id: s1" in lines
+    assert b"x-conversation-id" not in lines
     assert b"x-request-id: mine" in lines
     assert lines.count(b"content-length:") == 1

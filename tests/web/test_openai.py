@@ -131,6 +131,7 @@ def test_a_form() -> None:
 
 def test_the_model_may_stand_behind_a_large_file() -> None:
     content_type, body = form(("file", b"RIFF\r\n--x" * 500_000), ("model", "mä".encode()))
+    read_wish(*form()[:1], b"", form()[1])  # what it imports isn't meant
     tracemalloc.start()
     try:
         assert read_wish(content_type, b"", memoryview(body)) == Wish("mä", False)
@@ -213,3 +214,30 @@ def test_profiles(cookbook: Cookbook, path: bytes, name: str | None, found: str 
 def test_no_model_and_no_default(cookbook: Cookbook) -> None:
     with pytest.raises(InvalidRequest, match="default_model"):
         choose_profile(cookbook.find, Wish(None, False), ROUTES[b"/infill"], None, "n")
+
+
+@pytest.mark.parametrize(
+    ("more", "answers"),
+    [
+        ("", 1),
+        (', "n": 3', 3),
+        (', "n": 3.0', 3),
+        (', "n": null, "n_cmpl": 2', 2),
+        (', "n": 3, "n_cmpl": 2', 2),
+        (', "n": "3"', 1),
+        (', "n": -3', 1),
+        (', "n": 1e400', 1),
+        (', "n": 1e9', 1024),
+        (', "prompt": "a"', 1),
+        (', "prompt": []', 1),
+        (', "prompt": ["a", "b"]', 2),
+        (', "prompt": [ [1, 2], [3], "a", {"prompt_string": "b"}]', 4),
+        (', "prompt": [1, 2, 3]', 1),
+        (', "prompt": ["a", 2]', 1),
+        (', "prompt": ["a", "b"], "n": 2', 4),
+    ],
+)
+def test_how_many_answers_are_wanted(more: str, answers: int) -> None:
+    """llama-server tells the tokens of one of them: by many in one request, limits could be passed by."""
+    body = f'{{"model": "m"{more}}}'.encode()
+    assert read_wish(b"application/json", b"", body).answers == answers

@@ -287,10 +287,31 @@ def test_other_sites_do_not_see_the_state(node: Served, lane: str, said: dict[st
 
 
 def test_unloading_by_a_rebound_link(node: Served) -> None:
-    for host, status in ((EVIL, 403), ("127.0.0.1", 200)):
+    # By the machine's own name, which may lead to loopback, browsers don't say which site asks.
+    for host, status in ((EVIL, 403), ("box:8080", 403), ("127.0.0.1", 200), ("LOCALHOST.:8080", 200)):
         with Http1(node.port) as client:
             client.send(get("/unload", host=host))
             assert client.answer().status == status
+
+
+@pytest.mark.parametrize(
+    ("host", "may"),
+    [
+        ("localhost:8080", True),
+        ("a.localhost", True),
+        ("127.0.1.1:8080", True),
+        ("[::1]:8080", True),
+        (None, True),
+        ("", True),
+        ("box-1.example", False),
+        ("192.168.1.7:8080", False),
+        ("[fe80::1]", False),
+        ("localhost.evil.example", False),
+        ("user@localhost", False),
+    ],
+)
+def test_acts_by_get_need_a_name_at_which_browsers_tell_who_asks(host: str | None, may: bool) -> None:
+    assert passes(sites().check_by_get, headers(host)) is may
 
 
 @pytest.mark.parametrize("lines", [[], ["Host: x", "Host: evil.example"], ["Host: x", "Host: x"]])

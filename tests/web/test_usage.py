@@ -49,6 +49,15 @@ def test_a_stream_that_was_cut_counts_its_events() -> None:
     assert scan(*WORDS[:4], streams=True).completion_tokens == 4
 
 
+def test_of_several_answers_each_counts() -> None:
+    usage = Usage(4, 3, 16, 2.0, 1.0)
+    usage.multiply(3)
+    assert usage == Usage(12, 9, 48, 6.0, 3.0)
+    cut = Usage(completion_tokens=7)  # counted as they came
+    cut.multiply(3)
+    assert cut == Usage(completion_tokens=7)
+
+
 def test_timings_alone() -> None:
     assert scan(json.dumps(TIMINGS).encode()) == Usage(11, 4, 7, 3.5)
 
