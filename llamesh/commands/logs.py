@@ -10,12 +10,12 @@ import click
 
 from llamesh.commands.shared import exit_codes
 from llamesh.commands.shared.acts import naming
-from llamesh.commands.shared.client import STREAM_SECONDS, events_in, path_of
+from llamesh.commands.shared.client import STREAM_SECONDS, Client, events_in, path_of
 from llamesh.commands.shared.completing import complete_models, complete_nodes
-from llamesh.commands.shared.failed import Unreached
+from llamesh.commands.shared.failed import Failed, Unreached
 from llamesh.commands.shared.node import Reach, node_options
 from llamesh.commands.shared.options import command as make
-from llamesh.commands.shared.saying import out
+from llamesh.commands.shared.saying import aside, out
 from llamesh.commands.shared.words import clean, one_line
 
 _PATH = "/logs/stream"
@@ -35,11 +35,18 @@ _PATH = "/logs/stream"
     metavar="N",
     help="the last N lines (default: all, 200 of each instance)",
 )
-@click.option("--node", metavar="ID", help="of that node's instances", shell_complete=complete_nodes)
+@click.option(
+    "--node",
+    metavar="ID",
+    help="of that node's instances (default: the one that is asked; of MODEL, one that runs it)",
+    shell_complete=complete_nodes,
+)
 @node_options
 def command(model: str | None, follow: bool, lines: int | None, node: str | None, reach: Reach) -> int:
     """Show what the llama-server processes of MODEL, or of all models, say."""
     client = reach.client()
+    if model and not node:
+        node = _home(client, model)
     wanted = {"format": "sse", "follow": "true" if follow else "false"}
     if lines is not None:
         wanted["lines"] = str(lines)
@@ -56,6 +63,26 @@ def command(model: str | None, follow: bool, lines: int | None, node: str | None
     if follow:
         raise Unreached(f"the node at {client.place} closed the connection")
     return exit_codes.OK
+
+
+def _home(client: Client, model: str) -> str | None:
+    """The node where its instances are, when none is at the node that is asked."""
+    try:
+        state = client.get("/api/v1/state")
+    except Failed:
+        return None
+    word = model.casefold()
+    keys = {
+        one["key"]
+        for one in state.get("models", ())
+        if word in (str(one["key"]).casefold(), str(one["name"]).casefold())
+    }
+    homes = list(dict.fromkeys(one["node"] for one in state.get("instances", ()) if one["model"] in keys))
+    if not homes or state.get("node_id") in homes:
+        return None
+    others = f"; also at {', '.join(map(one_line, homes[1:]))}: --node" if homes[1:] else ""
+    aside(f"llamesh: it runs at node {one_line(homes[0])}{others}")
+    return str(homes[0])
 
 
 def _print(lines: Iterator[str], *, named: bool) -> None:

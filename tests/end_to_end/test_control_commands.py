@@ -207,6 +207,9 @@ async def test_a_mesh(tmp_path: Path) -> None:
         assert "way      node-a > node-b, instance there:default#1" in told
         assert re.search(r"^  node-b +\d", told[told.index("Choice") :], re.MULTILINE), told
         assert "words of b" in await say(node, "logs", "there", "--node", "node-b")
+        found = await call(node, "logs", "there")
+        assert "words of b" in found.stdout
+        assert found.stderr == "llamesh: it runs at node node-b\n"
         again = await say(node, "prewarm", "there", "--node", "node-b", "--no-wait")
         assert again == "node-b: there is loaded\n"
         assert (await call(node, "drain", "--wait", "--timeout", "5", "--node", "node-a")).returncode == 0
