@@ -98,7 +98,9 @@ class Parking:
             lot.failures += 1
             log.exception("defect", during="parking a connection", peer=lot.peer.node)
             return
-        assert self._nursery is not None  # noqa: S101 - we run in it
+        if self._nursery is None:  # this node ended while the last message came
+            stream.close()
+            return
         scope = trio.CancelScope()
         lot.waiting.add(scope)
         lot.open += 1
