@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from typing import Annotated, Literal, NamedTuple, TypeAlias
+from typing import Annotated, Literal, NamedTuple, TypeAlias, get_args
 
 import msgspec
 
@@ -48,6 +48,9 @@ Kind = Literal[
     "tokens_per_day",
     "max_concurrent_requests",
 ]
+
+# In the order of the members of `Limits`.
+_KINDS: tuple[Kind, ...] = get_args(Kind)
 
 
 class Limits(NamedTuple):
@@ -166,9 +169,9 @@ class Meter:
         used, limits, worst = self.used(now), self.limits, None
         if not any(map(_reached, limits, used)):
             return None
-        for kind, limit, count in zip(Limits._fields, limits, used, strict=True):
+        for kind, limit, count in zip(_KINDS, limits, used, strict=True):
             if _reached(limit, count):
-                found = Refusal(kind, limit, self._wait(kind, limit, now))  # type: ignore[arg-type]
+                found = Refusal(kind, limit, self._wait(kind, limit, now))
                 if worst is None or (found.seconds or 0) > (worst.seconds or 0):
                     worst = found
         return worst
